@@ -1,0 +1,67 @@
+"""Attention with the bias written out: the reference, the path for one-token decoding, and for biases that do not separate.
+
+Shapes: B batch, H heads, Hkv key heads, Q queries, K keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """The boolean mask (1, 1, Q, K) that a call without a mask stands for: query i sees keys 0 .. i."""
+    rows, columns = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    return (columns <= rows)[None, None]
+
+
+def full_mask(mask: torch.Tensor | None, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+    """The mask itself, or what None stands for: causal, and for a single query every key."""
+    return causal(queries, keys, device) if mask is None and queries > 1 else mask
+
+
+def add_bias(bias: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask in `dtype`: `bias` (B, H, Q, K) where `mask` (bool, or additive) lets a query see a key."""
+    if mask is None:
+        return bias.to(dtype)
+    if mask.dtype != torch.bool:
+        return (bias + mask).clamp(min=torch.finfo(dtype).min).to(dtype)
+    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with the weights returned, for families that have no eager function of their own.
+
+    Args:
+        query: (B, H, Q, D); key, value: (B, Hkv, K, D).
+        attention_mask: additive or boolean, broadcast to (B, H, Q, K).
+
+    Returns:
+        the output (B, Q, H, D) and the weights (B, H, Q, K), softmax in float32 or wider.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    mask = full_mask(attention_mask, query.shape[2], key.shape[2], query.device)
+    if mask is not None:
+        logits = (
+            logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+        )
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.softmax(logits, dim=-1, dtype=wide).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

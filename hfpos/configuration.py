@@ -1,0 +1,107 @@
+"""The config of a patched model: a copy of its own, so that nothing shared with another model changes, and what is saved with it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpos.plan import Attribute, set_attribute
+
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+BLOCK = "hfpos"  # the key of config.json, and of adapter_config.json, that says which scheme the weights need
+
+MARKS = {"model_type": "hfpos", "dtype": "hfpos_from_pretrained"}
+
+
+class _GuardedConfig:
+    """Writes a config.json that only hfpos loads.
+
+    A model whose scheme Transformers does not have would load as the plain base model, without a word. Written with a model type
+    that stops `AutoModel` and a dtype that stops the model's own class, it fails instead, and the error names hfpos. In memory the
+    config is what it was.
+    """
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Save with the marks that stop a stock loader."""
+        values = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        # a key "model_type" inside the block would make Transformers take the block for the model's own config
+        values[BLOCK] |= {f"own_{key}": values.get(key) for key in MARKS}
+        values |= MARKS
+        Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def __reduce__(self) -> tuple:
+        return _restore, (type(self).__mro__[2], self.__dict__)
+
+
+@functools.cache
+def _guarded_class(config_class: type) -> type:
+    return type(config_class.__name__, (_GuardedConfig, config_class), {"__module__": config_class.__module__})
+
+
+def _restore(config_class: type, state: dict[str, Any]) -> PreTrainedConfig:
+    config = config_class.__new__(config_class)
+    config.__dict__.update(state)
+    config.__class__ = _guarded_class(config_class)
+    return config
+
+
+def guard(config: PreTrainedConfig) -> None:
+    """Make `config` save itself so that no stock loader takes the model for its base."""
+    config.__class__ = _guarded_class(type(config))
+
+
+def base_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a saved config.json as the unpatched model's config had them."""
+    block = values[BLOCK]
+    own = {key: block[f"own_{key}"] for key in MARKS if f"own_{key}" in block}
+    return {key: value for key, value in values.items() if key != BLOCK} | block["base"] | own
+
+
+def own_copy(model: nn.Module, config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[Attribute]]:
+    """A deep copy of `config`, and the edits that give it to every module of `model` that holds the original."""
+    replacement = copy.deepcopy(config)
+    edits = [
+        set_attribute(module, "config", replacement)
+        for module in model.modules()
+        if module.__dict__.get("config") is config
+    ]
+    return replacement, edits
+
+
+def changed_values(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, Any]:
+    """The values of `old` that are different in `new`, as JSON."""
+    before, after = old.to_dict(), new.to_dict()
+    return {key: before[key] for key in before if key in after and before[key] != after[key]}
+
+
+class _MarkedAdapter:
+    """Stands in for `to_dict` of one PEFT config: what is saved in the adapter's folder also says which scheme it was trained under."""
+
+    def __init__(self, adapter: Any, model: nn.Module) -> None:
+        self.adapter = adapter
+        self.model = model
+
+    def __call__(self) -> dict[str, Any]:
+        values = type(self.adapter).to_dict(self.adapter)
+        block = getattr(self.model.config, BLOCK, None)
+        return values if block is None else values | {BLOCK: block}
+
+
+def mark_adapters(model: nn.Module, *args: Any) -> None:
+    """State-dict pre-hook of a patched model: marks the configs of the PEFT adapters on it.
+
+    PEFT's `save_pretrained` asks for the state dict first and writes `adapter_config.json` then; so adapters put on after patching are
+    marked too. An adapter holds nothing else about positions, and would degrade in silence on a base without its scheme.
+    """
+    for adapter in getattr(model, "peft_config", {}).values():
+        if not isinstance(adapter.__dict__.get("to_dict"), _MarkedAdapter):
+            adapter.to_dict = _MarkedAdapter(adapter, model)

@@ -1,0 +1,179 @@
+"""`describe`: what positions a live model has, read from the model and not from its config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfpos.families import family_of
+from hfpos.families._rotary_module import frequency_names, scaling_name
+from hfpos.patching import language_model, record_of
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from hfpos.patching import Record
+
+
+@dataclass(frozen=True)
+class Description:
+    """The positions of a live model; `str()` is a table.
+
+    Attributes:
+        model: the class of the model.
+        family: how hfpos sees it (`hfpos.families()`), or why it fits none.
+        scheme: the registry name of the scheme in force.
+        parameters: of the scheme; of an unpatched model, its config's rope parameters.
+        patched: whether hfpos put it there.
+        proved: whether a probe showed that the patch moves the logits.
+        trained_length: tokens of the pretraining, None where the model does not state it.
+        patched_length: tokens the model is meant for now, None where unbounded or not stated.
+        logit_multiplier: what every rotated logit is multiplied by (YaRN's temperature, squared).
+        wavelengths: tokens for one turn of each dimension pair, fastest first; infinite where a pair stands still. Empty where nothing
+            is rotated by fixed frequencies.
+        seam: where the scheme acts.
+        backend: the attention implementation in force.
+        stock_loadable: whether stock Transformers loads a saved copy with equal logits.
+        length_dependent: whether a token's logits depend on tokens behind it, through the length of the call.
+    """
+
+    model: str
+    family: str
+    scheme: str
+    parameters: dict[str, Any]
+    patched: bool
+    proved: bool
+    trained_length: int | None
+    patched_length: int | None
+    logit_multiplier: float
+    wavelengths: tuple[float, ...]
+    seam: str
+    backend: str
+    stock_loadable: bool
+    length_dependent: bool
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{key}={value}" for key, value in self.parameters.items() if value is not None)
+        state = "patched" + (", proved" if self.proved else ", not probed") if self.patched else "unpatched"
+        rows = {
+            "model": f"{self.model} ({self.family})",
+            "scheme": f"{self.scheme} ({state})",
+            "parameters": given if len(given) <= 100 else given[:97] + "...",
+            "seam": self.seam,
+            "trained length": _tokens(self.trained_length),
+            "length now": _tokens(self.patched_length),
+            "logit multiplier": f"{self.logit_multiplier:.6g}",
+            "wavelengths": self._wavelength_summary(),
+            "attention": self.backend,
+            "stock loadable": "yes" if self.stock_loadable else "no, load with hfpos.from_pretrained",
+            "length dependent": "yes" if self.length_dependent else "no",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+    def _wavelength_summary(self) -> str:
+        if not self.wavelengths:
+            return "none (no fixed rotation)"
+        finite = [length for length in self.wavelengths if math.isfinite(length)]
+        text = f"{len(self.wavelengths)} pairs"
+        if finite:
+            text += f", {finite[0]:.4g} ... {finite[-1]:.4g} tokens"
+        if len(finite) < len(self.wavelengths):
+            text += f", {len(self.wavelengths) - len(finite)} standing still"
+        if self.trained_length and finite:
+            text += f"; {sum(length > self.trained_length for length in finite)} longer than the trained length"
+        return text
+
+
+def describe(model: nn.Module) -> Description:
+    """Describe the positions of a live model, patched or not.
+
+    Args:
+        model: a Transformers model or a wrapper around one.
+
+    Raises:
+        PatchError: there is no Transformers model in it, or its family is not known.
+
+    >>> import hfpos, transformers
+    >>> config = transformers.GPT2Config(n_embd=32, n_head=2, n_layer=1, vocab_size=64, n_positions=128)
+    >>> hfpos.describe(transformers.GPT2LMHeadModel(config)).scheme
+    'learned'
+    """
+    target = language_model(model)
+    record = record_of(target)
+    inv_freq, scale = _live_rotation(target)
+    wavelengths = tuple(2 * math.pi / value if value else math.inf for value in inv_freq)
+    backend = str(target.config._attn_implementation)
+    if record is None:
+        return _describe_unpatched(target, wavelengths, scale, backend)
+    return Description(
+        model=type(target).__name__,
+        family=record.family,
+        scheme=record.scheme.name,
+        parameters=record.scheme.parameters(),
+        patched=True,
+        proved=record.proved,
+        trained_length=record.geometry.trained_length,
+        patched_length=record.scheme.patched_length(record.geometry),
+        logit_multiplier=scale**2,
+        wavelengths=wavelengths,
+        seam=record.scheme.seam,
+        backend=backend,
+        stock_loadable=_stock_loadable(target, record),
+        length_dependent=record.scheme.length_dependent,
+    )
+
+
+def _describe_unpatched(
+    target: PreTrainedModel, wavelengths: tuple[float, ...], scale: float, backend: str
+) -> Description:
+    family = family_of(target)
+    geometry = family.geometry()
+    native = family.native()
+    rope = getattr(target.config, "rope_parameters", None) or {}
+    return Description(
+        model=type(target).__name__,
+        family=family.name,
+        scheme=native,
+        parameters=dict(rope),
+        patched=False,
+        proved=False,
+        trained_length=geometry.trained_length,
+        patched_length=geometry.allowed_length,
+        logit_multiplier=scale**2,
+        wavelengths=wavelengths,
+        seam="freq" if wavelengths else "bias" if native == "alibi" else "embed",
+        backend=backend,
+        stock_loadable=True,
+        length_dependent=native in ("dynamic", "longrope"),
+    )
+
+
+def _stock_loadable(target: PreTrainedModel, record: Record) -> bool:
+    block = getattr(target.config, "hfpos", None)
+    return hasattr(record.scheme, "resize") or bool(block and block["stock"])
+
+
+def _live_rotation(target: PreTrainedModel) -> tuple[list[float], float]:
+    """Frequencies (radians per token) and the factor on cos and sin, from whatever in the model rotates; ([], 1) if nothing does."""
+    decoder = target.base_model
+    for hook in decoder._forward_pre_hooks.values():
+        tables = getattr(getattr(hook, "__self__", None), "rotation", None)
+        if tables is not None:
+            return tables.inv_freq.values.tolist(), tables.scale
+    for module in decoder.children():
+        names = frequency_names(module)
+        name = next((name for name in names if name.startswith("full_attention")), names[0] if names else None)
+        if name is None or getattr(module, name).is_meta:
+            continue
+        inv_freq = getattr(module, name).float().tolist()
+        if any(inv_freq):
+            return inv_freq, float(getattr(module, scaling_name(name)))
+    return [], 1.0
+
+
+def _tokens(length: int | None) -> str:
+    return "not stated" if length is None else f"{length:,} tokens"

@@ -1,0 +1,183 @@
+"""`Family`: what hfpos needs to know of a kind of model, and the edits that put a scheme into it."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hfpos.attention.bias import LinearBias
+from hfpos.attention.interface import patched_backend
+from hfpos.attention.rotary import LengthAwareRotation
+from hfpos.configuration import BLOCK, changed_values, guard, mark_adapters, own_copy
+from hfpos.plan import Attribute, Hook, Plan, set_attribute
+from hfpos.positions import PositionHook
+from hfpos.scheme import Geometry, PatchError, Rope, Scheme
+from hfpos.version import __version__
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hfpos.plan import Edit
+
+
+class Family(ABC):
+    """One kind of model. A subclass says how its own positions are switched off and how a scheme gets in.
+
+    Args:
+        model: the model itself, or the language model a wrapper holds.
+    """
+
+    name: ClassVar[str] = ""
+    priority: ClassVar[int] = 1
+    own_scheme: ClassVar[str] = ""
+    seams: ClassVar[tuple[str, ...]] = ("freq", "score", "bias", "embed", "none")
+    hook_options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.decoder = self.find_decoder(model)
+        self.config: PreTrainedConfig = model.config
+
+    @classmethod
+    @abstractmethod
+    def refuses(cls, model: PreTrainedModel) -> str | None:
+        """Why `model` is not of this family; None if it is."""
+
+    @classmethod
+    def find_decoder(cls, model: PreTrainedModel) -> nn.Module:
+        """The module whose forward takes ids, masks and the cache, and runs the layers."""
+        return model.base_model
+
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """The numbers of the unpatched model."""
+
+    @abstractmethod
+    def native(self) -> str:
+        """The registry name of the scheme that the unpatched model has."""
+
+    @abstractmethod
+    def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
+        """The edits that switch the model's own positions off; `config` is the patched model's copy."""
+
+    @abstractmethod
+    def rotary_edits(
+        self, scheme: Rope, geometry: Geometry, config: PreTrainedConfig
+    ) -> tuple[list[Edit], bool, dict]:
+        """For the freq seam: the edits, whether stock Transformers reloads the result equal, and options of the `PositionHook`."""
+
+    def score_rotation(self) -> tuple[str, str | None]:
+        """For the score seam: how the family pairs the dimensions it rotates, and the type of layer to rotate (None: all)."""
+        return "half", None
+
+    def probe_positions(self, geometry: Geometry) -> list[int] | None:
+        """Eight positions for the proof, some beyond the trained length; None where the unpatched model takes no position ids."""
+        length = geometry.trained_length or geometry.allowed_length or 2048
+        return [0, 1, length // 2, length - 1, length, 2 * length, 3 * length, 4 * length - 1]
+
+    def stateful_modules(self) -> list[nn.Module]:
+        """Modules of the unpatched model that remember something from call to call; the proof puts them back as they were."""
+        return []
+
+    def resize_edits(self, scheme: Any, config: PreTrainedConfig) -> list[Edit]:
+        """For a learned table: the edits that resize it."""
+        raise PatchError(
+            f"{scheme.name!r} resizes a learned table of positions; {self.name} ({type(self.model).__name__}) has none. Models with "
+            "one: gpt2"
+        )
+
+    def is_unchanged(self, scheme: Scheme, geometry: Geometry) -> bool:
+        """Whether `scheme` with its parameters leaves this model's outputs as they are."""
+        return False
+
+    def length_keys(self) -> tuple[str, ...]:
+        """The config attributes that hold the longest input allowed."""
+        return ("max_position_embeddings",)
+
+    def layer_edits(self, hook: PositionHook) -> list[Edit]:
+        """The edits that let this family's layers take a `Call`."""
+        return []
+
+    def plan(self, scheme: Scheme, root: nn.Module, tokenizer: Any = None) -> Plan:
+        """Every edit that puts `scheme` into the model. Raises `PatchError` and changes nothing where that cannot work.
+
+        Args:
+            scheme: what to put in.
+            root: the model as the caller holds it, possibly a wrapper around `self.model`.
+            tokenizer: its `model_max_length` follows the patched length.
+        """
+        geometry = self.geometry()
+        if scheme.seam not in self.seams:
+            raise PatchError(
+                f"{scheme.name!r} acts at the {scheme.seam!r} seam; {self.name} ({type(self.model).__name__}) offers only: "
+                f"{', '.join(self.seams)}"
+            )
+        scheme.check(geometry)
+        config, edits = own_copy(root, self.config)
+        length = scheme.patched_length(geometry)
+        edits += self._length_edits(length, config)
+        options: dict[str, Any] = dict(self.hook_options)
+        stock = False
+        if hasattr(scheme, "resize"):
+            edits += self.resize_edits(scheme, config)
+            stock = True
+        elif scheme.seam == "freq":
+            rotary, stock, more = self.rotary_edits(scheme, geometry, config)  # type: ignore[arg-type]
+            edits, options = edits + rotary, options | more
+        else:
+            edits += self.positions_off(config)
+            if scheme.seam == "bias":
+                options["seam"] = LinearBias(scheme, geometry.heads)  # type: ignore[arg-type]
+            elif scheme.seam == "score":
+                options["seam"] = LengthAwareRotation(scheme, geometry, *self.score_rotation())  # type: ignore[arg-type]
+                options["pins_prompt"] = scheme.pins_prompt  # type: ignore[attr-defined]
+            elif scheme.seam == "embed":
+                options["table"] = scheme.table  # type: ignore[attr-defined]
+        if options.get("seam") is not None:
+            config._attn_implementation = patched_backend(self.backend())
+        hook = PositionHook(self.decoder, **options)
+        edits.append(Hook(self.decoder, "register_forward_pre_hook", hook.before, {"with_kwargs": True}))
+        edits.append(Hook(self.decoder, "register_forward_hook", hook.after, {"with_kwargs": True}))
+        edits += self.layer_edits(hook)
+        edits.append(Hook(self.model, "register_state_dict_pre_hook", mark_adapters))
+        if tokenizer is not None and length is not None:
+            edits.append(Attribute(tokenizer, "model_max_length", tokenizer.model_max_length, length))
+        self._mark(scheme, geometry, config, stock)
+        return Plan(tuple(edits))
+
+    def backend(self) -> str | None:
+        """The attention implementation that the patched model stands on."""
+        return self.config._attn_implementation
+
+    def _length_edits(self, length: int | None, config: PreTrainedConfig) -> list[Edit]:
+        """Raise every stated limit to the patched length."""
+        if length is None:
+            return []
+        limits = {getattr(self.config, key, None) for key in self.length_keys()} - {None}
+        for key in self.length_keys():
+            if getattr(config, key, None) is not None:
+                setattr(config, key, length)
+        generation = getattr(self.model, "generation_config", None)
+        if generation is None or generation.max_length not in limits:
+            return []
+        generation = copy.deepcopy(generation)
+        generation.max_length = length
+        return [set_attribute(self.model, "generation_config", generation)]
+
+    def _mark(self, scheme: Scheme, geometry: Geometry, config: PreTrainedConfig, stock: bool) -> None:
+        """Write the block that travels with the checkpoint; a resized table needs none, it is a stock model again."""
+        if hasattr(scheme, "resize"):
+            return
+        block = {
+            "version": __version__,
+            "scheme": scheme.name,
+            "parameters": scheme.parameters(),
+            "base": changed_values(self.config, config),
+            "stock": stock,
+        }
+        setattr(config, BLOCK, block)
+        if not stock:
+            guard(config)

@@ -1,0 +1,155 @@
+"""GPT-2: a learned table of positions, added to the token embeddings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2 import modeling_gpt2
+
+from hfpos.constant import Constant
+from hfpos.families._family import Family
+from hfpos.plan import Attribute, Hook, Swap, swap_class, swap_module
+from hfpos.positions import PositionHook, TruePositions
+from hfpos.rotation import cos_sin, rotate
+from hfpos.scheme import Geometry, PatchError, Rope
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from hfpos.plan import Edit
+    from hfpos.positions import Call
+
+DEFAULT_THETA = 10_000.0
+
+
+class PositionTables:
+    """cos and sin at integer positions, for families whose attention rotates before it caches."""
+
+    def __init__(self, scheme: Rope, geometry: Geometry) -> None:
+        inv_freq, self.scale = scheme.frequencies(geometry)
+        self.inv_freq = Constant(inv_freq)
+
+    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each (..., R/2) float32, of `positions` (...)."""
+        return cos_sin(positions, self.inv_freq.on(positions.device), self.scale)
+
+
+class NoPositions(nn.Module):
+    """Stands where a position table stood and adds nothing; keeps the table's weights under their name, so that they are saved."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """A zero without dimensions: it broadcasts, and leaves the dtype of what it is added to as it is."""
+        return torch.zeros((), device=position_ids.device)
+
+
+class GPT2Attention(modeling_gpt2.GPT2Attention):
+    """GPT-2's self-attention with queries and keys rotated before they are cached."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        hfpos: Call | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states (B, Q, E) -> the attention output (B, Q, E) and the weights, if the implementation gives them."""
+        if hfpos is None or hfpos.rotation is None:
+            raise PatchError("this layer was called outside its model and has no positions; call the model")
+        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (
+            x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).split(self.split_size, dim=2)
+        )
+        cos, sin = (part.to(query.device) for part in hfpos.rotation)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past_key_values is not None:
+            cache = past_key_values
+            cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, modeling_gpt2.eager_attention_forward
+        )
+        dropout = self.attn_dropout.p if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.resid_dropout(self.c_proj(output.flatten(-2).contiguous())), weights
+
+
+class GPT2(Family):
+    """GPT-2 and its heads."""
+
+    name = "gpt2"
+
+    @classmethod
+    def refuses(cls, model: PreTrainedModel) -> str | None:
+        return None if isinstance(model.base_model, modeling_gpt2.GPT2Model) else "it is not a GPT-2"
+
+    def native(self) -> str:
+        return "learned"
+
+    def geometry(self) -> Geometry:
+        head_dim = self.config.n_embd // self.config.n_head
+        return Geometry(
+            heads=self.config.n_head,
+            head_dim=head_dim,
+            rotary_dim=head_dim,
+            theta=DEFAULT_THETA,
+            trained_length=self.config.n_positions,
+            allowed_length=self.config.n_positions,
+        )
+
+    def length_keys(self) -> tuple[str, ...]:
+        return "n_positions", "n_ctx"
+
+    def probe_positions(self, geometry: Geometry) -> list[int]:
+        last = self.decoder.wpe.weight.shape[0] - 1
+        return [last * i // 7 for i in range(8)]
+
+    def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
+        weight = self.decoder.wpe.weight
+        return [
+            swap_module(self.decoder, "wpe", NoPositions(weight)),
+            # an optimizer or DDP would trip over a trainable weight that takes no part
+            Attribute(weight, "requires_grad", weight.requires_grad, False),
+        ]
+
+    def rotary_edits(
+        self, scheme: Rope, geometry: Geometry, config: PreTrainedConfig
+    ) -> tuple[list[Edit], bool, dict]:
+        edits = self.positions_off(config)
+        for block in self.decoder.h:
+            if block.attn.reorder_and_upcast_attn:
+                raise PatchError(
+                    "GPT-2 with reorder_and_upcast_attn=True computes attention in its own way; load it with False"
+                )
+            edits.append(swap_class(block.attn, GPT2Attention))
+        return edits, False, {"rotation": PositionTables(scheme, geometry)}
+
+    def resize_edits(self, scheme: Any, config: PreTrainedConfig) -> list[Edit]:
+        table = self.decoder.wpe
+        if type(table) is not nn.Embedding or not table.weight.is_floating_point():
+            raise PatchError(
+                f"the position table is a {type(table).__name__}, which cannot be resized; expected a plain nn.Embedding"
+            )
+        if table.weight.is_meta and hasattr(self.model, "hf_device_map"):
+            raise PatchError("the position table is offloaded; resize it on a model that is loaded in memory")
+        weight = nn.Parameter(scheme.resize(table.weight.detach()), requires_grad=table.weight.requires_grad)
+        resized = nn.Embedding(*weight.shape, _weight=weight)
+        self.resized = resized
+        return [Swap(self.decoder, "wpe", table, resized)]
+
+    def layer_edits(self, hook: PositionHook) -> list[Edit]:
+        table = getattr(self, "resized", None)
+        if table is None:
+            return []
+        return [Hook(table, "register_forward_pre_hook", TruePositions(hook, 0), {"with_kwargs": True})]

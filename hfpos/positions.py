@@ -1,0 +1,282 @@
+"""Where every token stands: one forward pre-hook on the decoder works positions out and hands them on.
+
+Positions come from `position_ids`, else from a 2-D `attention_mask` (so padding never shifts them), else they are counted;
+never from the index in a local shard. The hook gives
+
+- the model the position ids that its *mask* code should see: transformers reads a jump in them as the start of a new packed
+  document, so skipped ids (PoSE) are closed up first and only true restarts remain;
+- the rotary embedding (or position table) the *true* ids, through `TruePositions`;
+- attention a `Call`, as a keyword argument. An argument, not state, so that gradient checkpointing recomputes each layer with
+  the positions of its own forward;
+- the cache a record of the positions of the keys it holds, which survives cropping (assisted generation), beam search,
+  sliding windows and static caches.
+
+Shapes: B batch (1 where all rows are alike), Q query tokens of this call, K keys seen so far.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from hfpos.scheme import PatchError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+# The attribute of a cache under which the positions (and the pinned prompt lengths) of its keys are kept.
+CACHE_RECORD = "hfpos_record"
+
+
+class Call(NamedTuple):
+    """What one forward call tells its attention layers; travels as the keyword argument `hfpos`.
+
+    A tuple, so that accelerate's device hooks move the tensors in it along.
+
+    Attributes:
+        seam: what acts on queries, keys and logits (see `hfpos.attention.interface`); None where nothing does.
+        q_positions: (B, Q) int64.
+        k_positions: (B, K) int64, the keys in the cache and those of this call.
+        total: how many keys have been seen, those of this call included; a tensor under a static cache.
+        lengths: (B, 1) int64, the prompt lengths that a pinned scheme goes by; None elsewhere.
+        rotation: cos and sin, each (B, 1, Q, R/2) float32, where attention rotates before it caches; None elsewhere.
+    """
+
+    seam: Any
+    q_positions: torch.Tensor
+    k_positions: torch.Tensor
+    total: int | torch.Tensor
+    lengths: torch.Tensor | None = None
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def keys_of_layer(self, length: int) -> torch.Tensor:
+        """Positions (B, length) of the keys one layer sees: a sliding layer sees the last ones, a static one has room left over."""
+        known = self.k_positions.shape[-1]
+        if length == known:
+            return self.k_positions
+        if not isinstance(self.total, torch.Tensor):
+            if length < known:
+                return self.k_positions[:, known - length :]
+            return torch.nn.functional.pad(self.k_positions, (0, length - known))
+        start = (self.total - length).clamp(min=0)
+        index = (start + torch.arange(length, device=self.k_positions.device)).clamp(max=known - 1)
+        return self.k_positions[:, index]
+
+
+class CacheRecord(NamedTuple):
+    """What is remembered with a cache: the positions of its keys and, for pinned schemes, each row's prompt length."""
+
+    k_positions: torch.Tensor
+    lengths: torch.Tensor | None
+
+
+class TruePositions:
+    """Forward pre-hook of a rotary embedding or position table: puts the true ids in the place of the closed-up ones."""
+
+    def __init__(self, source: PositionHook, argument: int) -> None:
+        self.source = source
+        self.argument = argument
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Replace `position_ids` where the hook of this call has closed gaps up."""
+        true = self.source.true_ids
+        if true is None:
+            return None
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": true.to(kwargs["position_ids"].device)}
+        given = args[self.argument]
+        return (*args[: self.argument], true.to(given.device), *args[self.argument + 1 :]), kwargs
+
+
+class OuterPositionIds:
+    """Forward pre-hook of a language model whose head does not hand `position_ids` on to its decoder (BLOOM)."""
+
+    def __init__(self, target: PositionHook) -> None:
+        self.target = target
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Keep the caller's ids for the decoder's own hook."""
+        self.target.outer_ids = kwargs.pop("position_ids", None)
+        return args, kwargs
+
+
+class PositionHook:
+    """The forward pre-hook and forward hook of a patched decoder; see the module's text.
+
+    Args:
+        decoder: the module whose forward takes `input_ids`, `position_ids`, `attention_mask` and the cache.
+        seam: handed to attention in each `Call`; None where attention is the model's own.
+        table: `(positions, width) -> rows` added to the token embeddings; None where nothing is.
+        rotation: `positions -> (cos, sin)` for attention that rotates before it caches; None elsewhere.
+        pins_prompt: keep each row's prompt length with the cache.
+        passes_call: whether the decoder's layers take the `Call` as a keyword argument; else they fetch it from `self.call`, which
+            is then always made.
+        masks_packing: build the mask of packed documents here, for a decoder whose own mask code does not look at position ids.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        *,
+        seam: Any = None,
+        table: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        rotation: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        pins_prompt: bool = False,
+        passes_call: bool = True,
+        masks_packing: bool = False,
+    ) -> None:
+        self.arguments = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
+        self.takes_position_ids = "position_ids" in self.arguments
+        self.seam = seam
+        self.table = table
+        self.rotation = rotation
+        self.pins_prompt = pins_prompt
+        self.passes_call = passes_call
+        self.masks_packing = masks_packing
+        self.outer_ids: torch.Tensor | None = None
+        self.true_ids: torch.Tensor | None = None
+        self.call: Call | None = None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The forward pre-hook."""
+        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
+        shape, device = self._shape(module, kwargs)
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+        given = kwargs.get("position_ids")
+        if given is None:
+            given, self.outer_ids = self.outer_ids, None
+        if given is not None:
+            positions = given.to(device)
+            if positions.ndim != 2:
+                raise PatchError(
+                    f"position_ids have shape {tuple(positions.shape)}; a patched model expects (batch, tokens), one position a token"
+                )
+        elif mask is not None:
+            index = torch.arange(shape[1], device=device) + past
+            positions = (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)[:, index]
+        else:
+            positions = (torch.arange(shape[1], device=device) + past)[None]
+
+        self.true_ids = None
+        if given is not None and kwargs.get("attention_mask") is None and cache is None:
+            self._close_gaps(module, positions, shape, kwargs)
+        elif self.takes_position_ids and (given is not None or mask is not None):
+            kwargs["position_ids"] = positions
+        if self.table is not None:
+            self._add_table(module, positions, kwargs)
+        if self.seam is not None or self.rotation is not None or not self.passes_call:
+            self.call = self._call(module, positions, mask, cache, past, shape[0])
+            if self.passes_call:
+                kwargs["hfpos"] = self.call
+        return (), kwargs
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """The forward hook: leaves the positions of the keys with the cache."""
+        call, self.call, self.true_ids = self.call, None, None
+        if call is None:
+            return
+        cache = output.get("past_key_values") if hasattr(output, "get") else kwargs.get("past_key_values")
+        if cache is None and isinstance(output, tuple):
+            cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+        if cache is not None:
+            setattr(cache, CACHE_RECORD, CacheRecord(call.k_positions, call.lengths))
+
+    def _shape(self, module: nn.Module, kwargs: dict) -> tuple[tuple[int, int], torch.device]:
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            raise PatchError(
+                f"{type(module).__name__} was called without input_ids and without inputs_embeds; give one of them"
+            )
+        return (tokens.shape[0], tokens.shape[1]), tokens.device
+
+    def _close_gaps(self, module: nn.Module, positions: torch.Tensor, shape: tuple[int, int], kwargs: dict) -> None:
+        """Keep the true ids aside and give the mask code ids that jump only where a document begins (where ids do not rise)."""
+        begins = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
+        index = torch.arange(shape[1], device=positions.device)
+        closed = index - torch.where(begins, index, 0).cummax(-1).values
+        self.true_ids = positions
+        if self.takes_position_ids:
+            kwargs["position_ids"] = closed
+        if kwargs.get("use_cache") is None and (torch.compiler.is_compiling() or bool(begins.any())):
+            kwargs["use_cache"] = False  # transformers keeps packed documents apart only in a call without a cache
+        if self.masks_packing and not kwargs.get("use_cache"):
+            from transformers.masking_utils import create_causal_mask
+
+            like = torch.empty((*shape, 0), device=positions.device, dtype=next(module.parameters()).dtype)
+            kwargs["attention_mask"] = create_causal_mask(
+                module.config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=closed
+            )
+
+    def _add_table(self, module: nn.Module, positions: torch.Tensor, kwargs: dict) -> None:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = module.get_input_embeddings()(kwargs["input_ids"])
+        rows = self.table(positions.to(embeds.device), embeds.shape[-1])
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.dtype)
+
+    def _call(self, module: nn.Module, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int) -> Call:
+        if self.seam is not None:
+            self.seam.check_backend(module)
+        record: CacheRecord | None = getattr(cache, CACHE_RECORD, None) if cache is not None else None
+        lengths = None
+        if self.pins_prompt:
+            lengths = positions.max(-1, keepdim=True).values + 1 if record is None else _rows(record.lengths, batch)
+        q_positions, total = positions, past + positions.shape[-1]
+        if cache is None:
+            k_positions = positions
+        else:
+            k_positions = self._key_positions(positions, mask, cache, past, record, batch)
+        rotation = None
+        if self.rotation is not None:
+            cos, sin = self.rotation(positions)
+            rotation = cos[:, None], sin[:, None]
+        return Call(self.seam, q_positions, k_positions, total, lengths, rotation)
+
+    def _key_positions(
+        self, positions: torch.Tensor, mask: Any, cache: Any, past: Any, record: CacheRecord | None, batch: int
+    ) -> torch.Tensor:
+        """Positions (B, K) of all keys: those the cache was filled with and those of this call."""
+        static = getattr(cache, "is_compileable", False) and not any(getattr(cache, "is_sliding", [True]))
+        if not static:
+            if isinstance(past, int) and past == 0:
+                return positions
+            before = self._known(record, mask, past, batch, positions.device)[:, :past]
+            rows = max(before.shape[0], positions.shape[0])
+            return torch.cat((before.expand(rows, -1), positions.expand(rows, -1)), dim=-1)
+        room = cache.get_max_length()
+        before = self._known(record, mask, room, batch, positions.device)
+        rows = max(before.shape[0], positions.shape[0])
+        index = torch.arange(positions.shape[-1], device=positions.device) + past
+        return before.expand(rows, -1).index_copy(1, index, positions.expand(rows, -1))
+
+    @staticmethod
+    def _known(record: CacheRecord | None, mask: Any, length: int, batch: int, device: torch.device) -> torch.Tensor:
+        """Positions (B, >= length) of the cached keys. A cache that was filled elsewhere is taken to hold consecutive tokens."""
+        if record is not None and record.k_positions.shape[-1] >= length:
+            return _rows(record.k_positions, batch).to(device)
+        if mask is not None and mask.shape[-1] >= length:
+            return (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)
+        return torch.arange(length, device=device)[None]
+
+
+def _rows(recorded: torch.Tensor, batch: int) -> torch.Tensor:
+    """The record's rows for a batch that may have been widened since, as beam search and `num_return_sequences` do."""
+    rows = recorded.shape[0]
+    if rows in (1, batch):
+        return recorded
+    if batch % rows:
+        raise PatchError(
+            f"the cache was filled with a batch of {rows} rows and is now used with {batch}; expected the same rows, or each of them "
+            "repeated equally often"
+        )
+    return recorded.repeat_interleave(batch // rows, dim=0)

@@ -1,0 +1,1 @@
+"""Making results readable: plots, and the record of what they were measured with."""

@@ -1,0 +1,28 @@
+"""Settings that hold for every test and doctest: no network, one thread a worker, deprecations of Transformers fail."""
+
+import logging
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start; this one is set below
+
+import torch
+import transformers
+
+
+class _DeprecationsFail(logging.Handler):
+    """Transformers announces many removals in its log only, where no warning filter sees them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower() or "will be removed" in message.lower():
+            raise AssertionError(f"Transformers logged a deprecation: {message}")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
+transformers.logging.add_handler(_DeprecationsFail(logging.WARNING))
