@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
@@ -72,10 +73,41 @@ def from_pretrained(path: str | os.PathLike, *, base_model: Any = None, **kwargs
     return patch(model, scheme, prove=False)
 
 
-def saved_scheme(path: str | os.PathLike) -> Scheme | None:
-    """The scheme that a saved model or adapter says it has; None if it names none."""
-    values = _read_json(path, "adapter_config.json", {}) or _read_json(path, "config.json", {}) or {}
-    return _scheme(path, values[BLOCK]) if BLOCK in values else None
+def load_skeleton(path: str | os.PathLike) -> Any:
+    """The model of a saved folder or adapter with its scheme but without weights: parameters are on the meta device.
+
+    Raises:
+        PatchError: as `from_pretrained`, as far as configs are concerned.
+    """
+    adapter = _read_json(path, "adapter_config.json", {})
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        if not base:
+            raise PatchError(f"the adapter in {path} does not say which model it belongs to")
+        skeleton = load_skeleton(base)
+        if BLOCK in adapter and record_of(skeleton) is None:
+            patch(skeleton, _scheme(path, adapter[BLOCK]), prove=False)
+        return skeleton
+    values = _read_json(path, "config.json", {})
+    if values is None:
+        raise PatchError(
+            f"{path} holds neither config.json nor adapter_config.json; expected the folder of a saved model, or a hub name that can be reached"
+        )
+    block = values.get(BLOCK)
+    config = _config(path, values if block is None else base_values(values))
+    with init_empty_weights():
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        except Exception as error:
+            raise PatchError(f"the config in {path} does not make a model: {type(error).__name__}: {error}") from error
+    return model if block is None else patch(model, _scheme(path, block), prove=False)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """The tokenizer of a saved folder or hub name, None if it has none."""
+    if _read_json(path, "tokenizer_config.json", {}) is None:
+        return None
+    return transformers.AutoTokenizer.from_pretrained(path)
 
 
 def _load_adapter(path: str | os.PathLike, adapter: dict[str, Any], base_model: Any, kwargs: dict[str, Any]) -> Any:
@@ -132,7 +164,7 @@ def _scheme(path: str | os.PathLike, block: Any) -> Scheme:
 
 
 def _config(path: str | os.PathLike, values: dict[str, Any]) -> Any:
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise PatchError(f"{path} is of model type {kind!r}, which this version of Transformers does not have")
     return CONFIG_MAPPING[kind].from_dict(values)

@@ -43,11 +43,11 @@ class _GuardedConfig:
 
 
 @functools.cache
-def _guarded_class(config_class: type) -> type:
+def _guarded_class(config_class: Any) -> type:
     return type(config_class.__name__, (_GuardedConfig, config_class), {"__module__": config_class.__module__})
 
 
-def _restore(config_class: type, state: dict[str, Any]) -> PreTrainedConfig:
+def _restore(config_class: Any, state: dict[str, Any]) -> PreTrainedConfig:
     config = config_class.__new__(config_class)
     config.__dict__.update(state)
     config.__class__ = _guarded_class(config_class)
@@ -56,7 +56,8 @@ def _restore(config_class: type, state: dict[str, Any]) -> PreTrainedConfig:
 
 def guard(config: PreTrainedConfig) -> None:
     """Make `config` save itself so that no stock loader takes the model for its base."""
-    config.__class__ = _guarded_class(type(config))
+    config_class: Any = type(config)
+    config.__class__ = _guarded_class(config_class)
 
 
 def base_values(values: dict[str, Any]) -> dict[str, Any]:

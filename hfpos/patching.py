@@ -196,7 +196,7 @@ def can_run(model: nn.Module) -> bool:
 @torch.no_grad()
 def _probe(family: Family, geometry: Geometry) -> torch.Tensor:
     """The logits (8, vocabulary) of eight tokens, float32, without a trace: modes and remembered lengths are put back."""
-    model = family.model
+    model: Any = family.model
     modes = {module: module.training for module in model.modules()}
     states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]
     model.eval()

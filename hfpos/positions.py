@@ -172,7 +172,7 @@ class PositionHook:
         elif self.takes_position_ids and (given is not None or mask is not None):
             kwargs["position_ids"] = positions
         if self.table is not None:
-            self._add_table(module, positions, kwargs)
+            self._add_table(self.table, module, positions, kwargs)
         if self.seam is not None or self.rotation is not None or not self.passes_call:
             self.call = self._call(module, positions, mask, cache, past, shape[0])
             if self.passes_call:
@@ -199,7 +199,7 @@ class PositionHook:
             )
         return (tokens.shape[0], tokens.shape[1]), tokens.device
 
-    def _close_gaps(self, module: nn.Module, positions: torch.Tensor, shape: tuple[int, int], kwargs: dict) -> None:
+    def _close_gaps(self, module: Any, positions: torch.Tensor, shape: tuple[int, int], kwargs: dict) -> None:
         """Keep the true ids aside and give the mask code ids that jump only where a document begins (where ids do not rise)."""
         begins = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
         index = torch.arange(shape[1], device=positions.device)
@@ -217,11 +217,12 @@ class PositionHook:
                 module.config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=closed
             )
 
-    def _add_table(self, module: nn.Module, positions: torch.Tensor, kwargs: dict) -> None:
+    @staticmethod
+    def _add_table(table: Callable, module: Any, positions: torch.Tensor, kwargs: dict) -> None:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = module.get_input_embeddings()(kwargs["input_ids"])
-        rows = self.table(positions.to(embeds.device), embeds.shape[-1])
+        rows = table(positions.to(embeds.device), embeds.shape[-1])
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.dtype)
 
     def _call(self, module: nn.Module, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int) -> Call:
@@ -230,7 +231,8 @@ class PositionHook:
         record: CacheRecord | None = getattr(cache, CACHE_RECORD, None) if cache is not None else None
         lengths = None
         if self.pins_prompt:
-            lengths = positions.max(-1, keepdim=True).values + 1 if record is None else _rows(record.lengths, batch)
+            prompt = None if record is None else record.lengths
+            lengths = positions.max(-1, keepdim=True).values + 1 if prompt is None else _rows(prompt, batch)
         q_positions, total = positions, past + positions.shape[-1]
         if cache is None:
             k_positions = positions

@@ -72,7 +72,7 @@ class LinearBias:
         self.scheme = scheme
         self.slopes = Constant(torch.tensor(scheme.head_slopes(heads), dtype=torch.float64))
 
-    def check_backend(self, decoder: nn.Module) -> None:
+    def check_backend(self, decoder: Any) -> None:
         """Make sure that attention still goes through the registered functions."""
         keep_backend(decoder.config)
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig
 
 PREFIX = "hfpos_"
 BACKENDS = ("sdpa", "eager")
@@ -78,7 +77,7 @@ def patched_backend(backend: str | None) -> str:
     return PREFIX + backend
 
 
-def keep_backend(config: PreTrainedConfig) -> None:
+def keep_backend(config: Any) -> None:
     """Undo a `set_attn_implementation("eager")` made after patching, in what would lose the scheme, not in what was wanted."""
     if not str(config._attn_implementation).startswith(PREFIX):
         config._attn_implementation = patched_backend(config._attn_implementation)

@@ -21,8 +21,6 @@ from hfpos.rotation import cos_sin, rotate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-
     from hfpos.positions import Call
     from hfpos.scheme import Geometry
     from hfpos.schemes._length_aware import LengthAwareRope
@@ -49,13 +47,13 @@ class LengthAwareRotation:
         self.layer_type = layer_type
         self.original_length = scheme.resolved_original(geometry)
 
-    def check_backend(self, decoder: nn.Module) -> None:
+    def check_backend(self, decoder: Any) -> None:
         """Make sure that attention still goes through the registered functions."""
         keep_backend(decoder.config)
 
     def attend(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -96,13 +94,13 @@ class LengthAwareRotation:
         block = max(BLOCK_ELEMENTS // key.numel(), 1)
         for start in range(split, query.shape[2], block):
             columns = slice(start, min(start + block, query.shape[2]))
-            arguments = (module, query, key, value, mask, q_positions, k_positions, columns, inner, kwargs)
+            arguments: tuple = (module, query, key, value, mask, q_positions, k_positions, columns, inner, kwargs)
             if torch.is_grad_enabled() and query.requires_grad and not compiling:
                 parts.append(checkpoint(self._own_sets, *arguments, use_reentrant=False))
             else:
                 parts.append(self._own_sets(*arguments))
-        outputs, weights = zip(*parts, strict=True)
-        return torch.cat(outputs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
+        outputs, all_weights = zip(*parts, strict=True)
+        return torch.cat(outputs, dim=1), None if all_weights[0] is None else torch.cat(all_weights, dim=2)
 
     def _frequencies(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inv_freq, scale = self.scheme.frequencies_at(self.geometry, lengths)
@@ -110,7 +108,7 @@ class LengthAwareRotation:
 
     def _one_set(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -123,10 +121,10 @@ class LengthAwareRotation:
 
         def attend(lengths: torch.Tensor, columns: slice, mask: torch.Tensor | None) -> tuple:
             inv_freq, scale = self._frequencies(lengths)
-            q_table = cos_sin(q_positions[:, columns], inv_freq, scale)
-            k_table = cos_sin(k_positions, inv_freq, scale)
-            q = rotate(query[:, :, columns], *(part[:, None] for part in q_table), self.convention)
-            k = rotate(key, *(part[:, None] for part in k_table), self.convention)
+            q_cos, q_sin = cos_sin(q_positions[:, columns], inv_freq, scale)
+            k_cos, k_sin = cos_sin(k_positions, inv_freq, scale)
+            q = rotate(query[:, :, columns], q_cos[:, None], q_sin[:, None], self.convention)
+            k = rotate(key, k_cos[:, None], k_sin[:, None], self.convention)
             if mask is not None:
                 mask = mask[:, :, columns]
             return inner(module, q, k, value, mask, **kwargs)
@@ -135,7 +133,7 @@ class LengthAwareRotation:
 
     def _own_sets(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -153,9 +151,9 @@ class LengthAwareRotation:
         q_cos, q_sin = cos_sin(q_positions[:, columns], inv_freq, scale)
         q = rotate(q, q_cos[:, None], q_sin[:, None], self.convention)
         k_cos, k_sin = cos_sin(k_positions[:, None], inv_freq[:, :, None], scale[:, :, None])  # (B, queries, K, R/2)
-        keys = rotate(key[:, None], k_cos[:, :, None], k_sin[:, :, None], self.convention)
-        keys = keys.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        values = value[:, None].expand(-1, queries, -1, -1, -1).flatten(0, 1)
+        keys, values = (x[:, None].expand(-1, queries, -1, -1, -1) for x in (key, value))
+        keys = rotate(keys, k_cos[:, :, None], k_sin[:, :, None], self.convention).flatten(0, 1)
+        values = values.flatten(0, 1)
         rows = q.transpose(1, 2).reshape(batch * queries, heads, 1, -1)
         row_mask = mask.transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)[:, :, None]
         output, weights = inner(module, rows, keys, values, row_mask, **kwargs)

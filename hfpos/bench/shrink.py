@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-TRAINED_LENGTH = 32
+TRAINED_LENGTH = 64
 VOCABULARY = 128
 PARAMETER_LIMIT = 12_000_000
 
@@ -111,7 +111,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
     "reformer": {
         "is_decoder": True,
-        "axial_pos_shape": [4, 8],
+        "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [32, 32],
         "attention_head_size": 16,
         "attn_layers": ["local", "lsh"],
@@ -143,7 +143,7 @@ def config_class(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
 
 
 def tiny_config(cls: type[PreTrainedConfig], **overrides: Any) -> PreTrainedConfig:
-    """A config of this class with every size shrunk: width 64, 4 heads, 2 groups, 32 positions, one layer per kind.
+    """A config of this class with every size shrunk: width 64, 4 heads, 2 groups, 64 positions, one layer per kind.
 
     Context scalings that a class has by default are taken off, so that every model starts from plain RoPE.
 

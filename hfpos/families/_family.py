@@ -37,9 +37,10 @@ class Family(ABC):
     hook_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.decoder = self.find_decoder(model)
-        self.config: PreTrainedConfig = model.config
+        # Any: what a model holds beside its weights is known to its family, not to a type checker
+        self.model: Any = model
+        self.decoder: Any = self.find_decoder(model)
+        self.config: Any = model.config
 
     @classmethod
     @abstractmethod
@@ -116,7 +117,8 @@ class Family(ABC):
                 f"{', '.join(self.seams)}"
             )
         scheme.check(geometry)
-        config, edits = own_copy(root, self.config)
+        config, copied = own_copy(root, self.config)
+        edits: list[Edit] = [*copied]
         length = scheme.patched_length(geometry)
         edits += self._length_edits(length, config)
         options: dict[str, Any] = dict(self.hook_options)

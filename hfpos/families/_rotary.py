@@ -39,6 +39,7 @@ class RotaryDecoder(Family):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
+        self.rotary: Any
         (self.rotary_name, self.rotary), *_ = rope_modules(self.decoder)
         self.new_rotary = self.rotary
         parameters = self.config.rope_parameters
@@ -191,7 +192,7 @@ class RotaryDecoder(Family):
             return parameters
         return copy.deepcopy(self.config.rope_parameters) | {FULL: parameters}
 
-    def _build(self, config: PreTrainedConfig) -> nn.Module:
+    def _build(self, config: PreTrainedConfig) -> Any:
         """A new rotary module of the family's own class."""
         try:
             with torch.device("cpu"):

@@ -37,7 +37,7 @@ class _FixedFrequencies:
 
 
 @functools.cache
-def _fixed_class(rotary_class: type) -> type:
+def _fixed_class(rotary_class: Any) -> Any:
     return type("FixedRotary", (_FixedFrequencies, rotary_class), {"__module__": __name__})
 
 
@@ -58,15 +58,16 @@ def scaling_name(frequency_name: str) -> str:
     return frequency_name.replace("inv_freq", "attention_scaling")
 
 
-def fix(rotary: nn.Module, frequencies: dict[str, torch.Tensor], scales: dict[str, float]) -> nn.Module:
+def fix(rotary: Any, frequencies: dict[str, torch.Tensor], scales: dict[str, float]) -> nn.Module:
     """Give `rotary`, freshly built and in nobody's hands yet, fixed frequencies and factors on cos and sin; returns it."""
     rotary.__dict__["hfpos_frequencies"] = {}
-    rotary.__class__ = _fixed_class(type(rotary))
+    rotary_class: Any = type(rotary)
+    rotary.__class__ = _fixed_class(rotary_class)
     for name, values in frequencies.items():
         for buffer in (name, name.replace("inv_freq", "original_inv_freq")):
             if hasattr(rotary, buffer):
                 constant = Constant(values)
-                rotary.hfpos_frequencies[buffer] = constant  # type: ignore[index, union-attr]
+                rotary.hfpos_frequencies[buffer] = constant
                 setattr(rotary, buffer, constant.values.clone())
         setattr(rotary, scaling_name(name), scales[name])
     return rotary

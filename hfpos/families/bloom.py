@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class BloomAttention(modeling_bloom.BloomAttention):
     """BLOOM's attention on Transformers' attention interface. Its layers hand on only `alibi`, so the `Call` comes as that."""
 
+    config: PreTrainedConfig
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: torch.Tensor,

@@ -144,7 +144,7 @@ class GPT2(Family):
         if table.weight.is_meta and hasattr(self.model, "hf_device_map"):
             raise PatchError("the position table is offloaded; resize it on a model that is loaded in memory")
         weight = nn.Parameter(scheme.resize(table.weight.detach()), requires_grad=table.weight.requires_grad)
-        resized = nn.Embedding(*weight.shape, _weight=weight)
+        resized = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
         self.resized = resized
         return [Swap(self.decoder, "wpe", table, resized)]
 

@@ -1,0 +1,130 @@
+"""The demo's text and models: read, trained and fine-tuned once, then found again by a hash of all that went in."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfpos.checkpoint import from_pretrained, load_tokenizer
+from hfpos.data import Document, blocks, read_documents, split_documents, standard_library, tokenize, train_tokenizer
+from hfpos.demo.options import DemoOptions
+from hfpos.patching import patch
+from hfpos.scheme import PatchError
+from hfpos.train.loop import train
+from hfpos.version import __version__
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What to train on and, from other files, what to measure on; `digest` is a hash of it all."""
+
+    train: list[Document]
+    held_out: list[Document]
+    digest: str
+
+
+def read_corpus(options: DemoOptions) -> Corpus:
+    documents = read_documents(options.text) if options.text else standard_library()
+    train_documents, held_out = split_documents(documents, seed=options.seed)
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.name}\0{document.text}\0".encode(errors="surrogatepass"))
+    return Corpus(train_documents, held_out, digest.hexdigest())
+
+
+def base_model(options: DemoOptions, corpus: Corpus) -> Path:
+    """The folder of the small LLaMA, trained now unless an earlier run has done the same."""
+
+    def build(folder: Path) -> None:
+        recipe = options.base
+        tokenizer = train_tokenizer((document.text for document in corpus.train), recipe.vocab_size)
+        torch.manual_seed(options.seed)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.hidden_size * 5 // 2,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.hidden_size // recipe.head_dim,
+            head_dim=recipe.head_dim,
+            max_position_embeddings=recipe.context,
+            tie_word_embeddings=True,
+            initializer_range=0.7 * recipe.hidden_size**-0.5,  # the usual 0.02 is for widths around a thousand
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        tokenizer.model_max_length = recipe.context
+        with torch.device(_device()):
+            model = LlamaForCausalLM(config)
+        train(
+            model,
+            blocks(tokenize(tokenizer, corpus.train), recipe.context),
+            steps=recipe.steps,
+            batch_size=max(1, options.batch_tokens // recipe.context),
+            learning_rate=recipe.learning_rate,
+            seed=options.seed,
+            label=f"training {model.num_parameters():,} parameters at {recipe.context} tokens",
+        )
+        _save(model, tokenizer, folder)
+
+    return _built_once(
+        options.out / f"base-{_key(options.base, options.batch_tokens, options.seed, corpus.digest)}", build
+    )
+
+
+def finetuned_model(options: DemoOptions, corpus: Corpus, base: Path, scheme: str, length: int) -> Path:
+    """The folder of the base model after fine-tuning under `scheme`, done now unless an earlier run has done the same."""
+
+    def build(folder: Path) -> None:
+        model, tokenizer = load(base)
+        patch(model, scheme, factor=options.factor, tokenizer=tokenizer)
+        train(
+            model,
+            blocks(tokenize(tokenizer, corpus.train), length),
+            steps=options.finetune_steps,
+            batch_size=max(1, options.batch_tokens // length),
+            # Steps must shrink with width: this is 8e-4 for the small model and 2e-5 at width 4,096.
+            learning_rate=0.1 / model.config.get_text_config().hidden_size,
+            seed=options.seed,
+            label=f"fine-tuning under {scheme} at {length} tokens",
+        )
+        _save(model, tokenizer, folder)
+
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir())]
+    settings = (scheme, options.factor, options.finetune_steps, options.batch_tokens, options.seed, __version__)
+    return _built_once(options.out / f"{scheme}-{_key(settings, files, corpus.digest)}", build)
+
+
+def _built_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Build `folder` unless it is there; a build that breaks off leaves none behind."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        build(partial)
+        partial.rename(folder)
+    return folder
+
+
+def _key(*settings: Any) -> str:
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise PatchError(f"no tokenizer in {folder}; save the model's tokenizer there too (tokenizer.save_pretrained)")
+    return from_pretrained(folder, dtype=torch.float32).to(_device()).eval(), tokenizer
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

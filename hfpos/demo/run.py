@@ -1,0 +1,123 @@
+"""The demo from start to end.
+
+A small LLaMA is trained at a short context (or the user's own model is loaded), measured up to `factor` times that
+length under each scheme without any training, then fine-tuned a little under the best one and measured again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hfpos.data import tokenize
+from hfpos.demo.findings import finetuned_findings, table, untrained_findings
+from hfpos.demo.measure import (
+    UNPATCHED,
+    best_scaling,
+    context_lengths,
+    curve,
+    held_out_pieces,
+    measure,
+    measure_schemes,
+)
+from hfpos.demo.models import base_model, finetuned_model, load, read_corpus
+from hfpos.demo.options import DemoOptions
+from hfpos.describe import describe
+from hfpos.report.plots import plot_perplexity, require_matplotlib
+from hfpos.report.provenance import provenance
+from hfpos.scheme import PatchError
+
+
+def run(options: DemoOptions) -> dict[str, Any]:
+    """Run the demo, print as it goes, write `results.json` and `perplexity.png` to `options.out`, return the results.
+
+    Raises:
+        PatchError: no usable text or model, no scaling that fits the model, or no matplotlib.
+    """
+    require_matplotlib()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "total"):
+        corpus = read_corpus(options)
+        console.print(f"Text: {len(corpus.train)} documents to train on, {len(corpus.held_out)} others to measure on.")
+        with _timed(seconds, "base model"):
+            folder = options.model or base_model(options, corpus)
+        model, tokenizer = load(folder)
+        trained = describe(model).trained_length
+        if trained is None:
+            raise PatchError(f"the config in {folder} does not say at what context length the model was trained")
+        lengths = context_lengths(trained, options.factor)
+        pieces = held_out_pieces(options, tokenize(tokenizer, corpus.held_out), lengths[-1])
+        console.print(f"Model: {folder}, {model.num_parameters():,} parameters, trained at {trained} tokens.")
+
+        with _timed(seconds, "measure"):
+            scores, refused = measure_schemes(model, pieces, lengths, options.factor)
+        best = best_scaling(scores, refused)
+        console.print(table("Perplexity by context length, patched without any training", scores, trained))
+        _print_lines(console, untrained_findings(scores, refused, trained, best))
+
+        tuned_folder = None
+        if options.finetune:
+            with _timed(seconds, "fine-tune"):
+                tuned_folder = finetuned_model(options, corpus, folder, best, lengths[-1])
+            tuned = f"{best}, fine-tuned"
+            scores[tuned] = measure(load(tuned_folder)[0], pieces, lengths)
+            shown = {name: scores[name] for name in (UNPATCHED, best, tuned)}
+            console.print(table(f"The same after fine-tuning at {lengths[-1]} tokens", shown, trained))
+            _print_lines(console, finetuned_findings(scores, trained, best, tuned))
+
+    results = {
+        **provenance(),
+        "options": dataclasses.asdict(options),
+        "model": {"folder": folder, "parameters": model.num_parameters(), "trained_length": trained},
+        "text": {
+            "sha256": corpus.digest,
+            "train_documents": len(corpus.train),
+            "held_out": [document.name for document in corpus.held_out],
+        },
+        "scores": {name: dataclasses.asdict(score)["by_length"] for name, score in scores.items()},
+        "refused": refused,
+        "best": best,
+        "finetuned": tuned_folder,
+        "seconds": seconds,
+    }
+    plot, record = options.out / "perplexity.png", options.out / "results.json"
+    plot_perplexity(
+        {name: curve(result) for name, result in scores.items()},
+        trained,
+        plot,
+        title=f"One model, trained at {trained} tokens, used up to {lengths[-1]}",
+        emphasised=f"{best}, fine-tuned",
+    )
+    text = json.dumps(results, indent=2, default=str)
+    record.write_text(text + "\n", encoding="utf-8")
+    console.print(
+        f"\nPlot: {plot}. Numbers, versions, settings: {record}. {seconds['total']:.0f} s in all.\nRead next:"
+    )
+    next_steps = [
+        f"`hfpos describe {tuned_folder or folder}`: what that model's positions are now",
+        "`hfpos demo --model FOLDER --text FILE`: the same with a model and a text of your own",
+        "`hfpos schemes`, and the catalogue in README.md: every scheme, its paper, and where it works",
+    ]
+    _print_lines(console, next_steps)
+    return json.loads(text)
+
+
+def _print_lines(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(f"- {line}", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)

@@ -1,0 +1,1 @@
+"""Training causal models on blocks of token ids."""

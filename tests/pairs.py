@@ -1,0 +1,132 @@
+"""The pairs of tiny model and scheme that the tests of positions, caches and attention run on.
+
+The models were "trained" at `ORIGINAL` tokens, so that a text of some fifty crosses every boundary; their sliding windows are 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import hfpos
+from tests.tiny import tiny
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ORIGINAL = 32
+VOCABULARY = 128
+# The rotary families: grouped heads; sliding windows; parameters nested by type of layer; a quarter of each head rotated.
+ROTARY = {"llama": 8, "mistral": 8, "gemma3_text": 8, "gpt_neox": 2}  # and how many frequencies each has
+_LENGTHS = {"gpt2": {"n_positions": ORIGINAL}, "bloom": {"seq_length": ORIGINAL}}
+_NO_DROPOUT = {"gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model type and a scheme with its parameters."""
+
+    model_type: str
+    scheme: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        values = [
+            f"{key}={value}" for key, value in self.parameters.items() if not isinstance(value, list) and key != "original_length"
+        ]
+        return "-".join((self.model_type, self.scheme, *values))
+
+    def model(self, **overrides: Any) -> PreTrainedModel:
+        """A patched model, built anew."""
+        return hfpos.patch(self.unpatched(**overrides), self.scheme, **self.parameters)
+
+    def unpatched(self, **overrides: Any) -> PreTrainedModel:
+        """The model that `model` patches."""
+        return unpatched(self.model_type, **overrides)
+
+    @property
+    def pins_prompt(self) -> bool:
+        """Whether the length of the first call decides for all later ones."""
+        return self.parameters.get("cache") == "pinned" and "factor" not in self.parameters
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether each token's logits are a function of its distances to the tokens before it."""
+        return self.scheme not in ("sinusoidal", "learned")
+
+
+def unpatched(model_type: str, **overrides: Any) -> PreTrainedModel:
+    """A tiny model of `ORIGINAL` positions, without dropout."""
+    lengths = _LENGTHS.get(model_type, {"max_position_embeddings": ORIGINAL})
+    return tiny(model_type, **(lengths | _NO_DROPOUT.get(model_type, {}) | overrides))
+
+
+def _scalings(pairs: int, **common: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Every scaling of rotary embeddings, for heads with `pairs` rotated pairs of dimensions."""
+    divisors = {
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [1.5 + 0.5 * i for i in range(pairs)],
+        "attention_factor": 1.1,
+    }
+    factor = {"factor": 4.0} | common
+    static = [(name, factor) for name in ("linear", "ntk", "ntk_by_parts", "yarn", "llama3")]
+    aware = [("dynamic", {}), ("dynamic_yarn", {}), ("longrope", divisors)]
+    exact = [(name, factor | own) for name, own in aware]
+    pinned = [(name, factor | own | {"cache": "pinned"}) for name, own in aware]
+    to_prompt = [(name, common | own | {"cache": "pinned"}) for name, own in aware]
+    return [*static, *exact, *pinned, *to_prompt]
+
+
+_OTHERS: list[tuple[str, dict[str, Any]]] = [("alibi", {}), ("nope", {}), ("sinusoidal", {})]
+PAIRS = [
+    *(
+        Pair(model_type, scheme, parameters)
+        for model_type, pairs in ROTARY.items()
+        for scheme, parameters in [
+            ("rope", {"theta": 300.0}),
+            ("abf", {}),
+            ("partial", {}),
+            *_scalings(pairs),
+            *_OTHERS,
+        ]
+    ),
+    *(
+        Pair("gpt2", scheme, parameters)
+        for scheme, parameters in [
+            ("rope", {"theta": 300.0}),
+            ("abf", {}),
+            *_scalings(8)[:-3],
+            *_OTHERS,
+            *(("learned", {"target_length": 128, "init": init}) for init in ("copy", "interpolate", "tile")),
+        ]
+    ),
+    *(
+        Pair("bloom", scheme, parameters)
+        for scheme, parameters in [
+            ("rope", {"theta": 300.0}),
+            *_scalings(8, original_length=ORIGINAL),
+            ("alibi", {}),
+            ("alibi", {"factor": 4.0}),
+            ("nope", {}),
+            ("sinusoidal", {}),
+        ]
+    ),
+]
+# One scheme for every way in which a scheme reaches a model.
+_WAYS = {"rope", "yarn", "dynamic", "longrope", "alibi", "nope", "sinusoidal", "learned"}
+WAYS = [pair for pair in PAIRS if pair.scheme in _WAYS and pair.parameters.get("init") in (None, "copy")]
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids (rows, length), none of them a special one."""
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference of two tensors of one shape."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    return (a - b).abs().max().item()

@@ -1,0 +1,140 @@
+"""The mathematics of every scheme against numbers that other people's code gave; `tests/golden/<scheme>.json` says which and how.
+
+A reference run in float64 must agree to the ten digits kept, one run in float32 to 3e-6.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hfpos
+from hfpos.rotation import cos_sin, inverse_frequencies, rotate
+from hfpos.scheme import Geometry
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+WITHOUT_NUMBERS = {"learned", "nope"}  # the one resizes what was trained, the other does nothing
+
+
+def load(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def entries():
+    return [
+        pytest.param(path.stem, entry, id=f"{path.stem}-{number}")
+        for path in sorted(GOLDEN.glob("*.json"))
+        if path.stem in hfpos.schemes()
+        for number, entry in enumerate(load(path.stem)["entries"])
+    ]
+
+
+def geometry_of(entry):
+    original = entry["geometry"].get("original_length", 4096)
+    sizes = {key: value for key, value in entry["geometry"].items() if key != "original_length"}
+    return Geometry(heads=8, trained_length=original, allowed_length=original, **sizes)
+
+
+def check_rotation(entry, scheme):
+    geometry = geometry_of(entry)
+    scheme.check(geometry)
+    if "length" in entry:
+        inv_freq, scale = scheme.frequencies_at(geometry, torch.tensor(entry["length"]))
+    else:
+        inv_freq, scale = scheme.frequencies(geometry)
+    exact = entry["float64"]
+    assert inv_freq.dtype == torch.float64
+    assert len(inv_freq) == geometry.rotary_dim // 2
+    pairs = entry.get("pairs", range(len(inv_freq)))
+    if "attention_scale" in entry:
+        assert float(scale) == pytest.approx(entry["attention_scale"], rel=1e-9 if exact else 3e-6)
+    if "inv_freq" in entry:
+        expected = torch.tensor(entry["inv_freq"], dtype=torch.float64)
+        torch.testing.assert_close(inv_freq[list(pairs)], expected, rtol=1e-9 if exact else 3e-6, atol=0)
+    if "cos" in entry:
+        table = cos_sin(torch.tensor(entry["positions"]), inv_freq[list(pairs)], scale)
+        for found, name in zip(table, ("cos", "sin"), strict=True):
+            # a float32 run has angles of thousands of radians, a float64 one rounds its table to float32 at the end
+            expected = torch.tensor(entry[name], dtype=torch.float64)
+            torch.testing.assert_close(found, expected, rtol=0, atol=4e-8 if exact else 1e-3)
+
+
+def check_bias(entry, scheme):
+    slopes = scheme.head_slopes(entry["heads"])
+    if "slopes" in entry:
+        assert slopes == pytest.approx(entry["slopes"], rel=1e-9)
+        return
+    positions = torch.arange(entry["length"])[None]
+    bias = scheme.bias(positions, positions, torch.tensor(slopes, dtype=torch.float64))[0]
+    seen = torch.ones(entry["length"], entry["length"]).tril().bool()
+    if "full" in entry:
+        expected = torch.tensor(entry["full"], dtype=torch.float64)
+    elif "causal" in entry:
+        expected = torch.tensor(entry["causal"], dtype=torch.float64)
+        bias = bias * seen
+    else:  # one row for every query: equal after a shift by a constant for each query, which the softmax takes away
+        expected = torch.tensor(entry["row"], dtype=torch.float64)[:, None].expand_as(bias)
+        expected = expected - expected.diagonal(dim1=-2, dim2=-1)[:, :, None]
+        bias, expected = bias * seen, expected * seen
+    torch.testing.assert_close(bias, expected, rtol=1e-8, atol=1e-12)
+
+
+def check_table(entry, scheme):
+    table = scheme.table(torch.tensor(entry["positions"], dtype=torch.float64), entry["width"])
+    if entry["layout"] == "halves":
+        table = torch.cat((table[:, 0::2], table[:, 1::2]), dim=-1)
+    torch.testing.assert_close(table, torch.tensor(entry["table"], dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+CHECKS = {"geometry": check_rotation, "heads": check_bias, "width": check_table}
+
+
+@pytest.mark.parametrize(("name", "entry"), entries())
+def test_scheme_equals_the_published_numbers(name, entry):
+    (check,) = (function for key, function in CHECKS.items() if key in entry)
+    check(entry, hfpos.schemes()[name].create(**entry["parameters"]))
+
+
+def test_every_scheme_has_numbers():
+    assert set(hfpos.schemes()) - WITHOUT_NUMBERS == {path.stem for path in GOLDEN.glob("*.json")} - {"rotation"}
+
+
+@pytest.mark.parametrize("number", range(len(load("rotation")["entries"])))
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_rotation_equals_the_published_numbers(number, name):
+    golden = load("rotation")
+    entry = golden["entries"][number]
+    setting = golden["settings"][entry["setting"]]
+    x = torch.tensor(setting[name], dtype=torch.float64)
+    inv_freq, scale = inverse_frequencies(entry["theta"], entry["rotary_dim"]), 1.0
+    if "scheme" in entry:
+        length = entry["original_length"]
+        geometry = Geometry(
+            heads=1,
+            head_dim=x.shape[-1],
+            rotary_dim=entry["rotary_dim"],
+            theta=entry["theta"],
+            trained_length=length,
+            allowed_length=length,
+        )
+        inv_freq, scale = hfpos.schemes()[entry["scheme"]].create(**entry["parameters"]).frequencies(geometry)
+    positions = torch.tensor(setting["positions"])
+    expected = torch.tensor(entry[name], dtype=torch.float64)
+    rotated = rotate(x, *cos_sin(positions, inv_freq, scale), entry["convention"])
+    torch.testing.assert_close(rotated, expected, rtol=0, atol=2e-8)
+    # float32, as models run: angles of 32,767 radians carry an error of up to 1e-3
+    single = rotate(x.float(), *cos_sin(positions, inv_freq.float(), scale), entry["convention"])
+    far = max(setting["positions"]) > 1000
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=3e-3 if far else 2e-6)
+
+
+def test_ntk_by_parts_is_yarn_without_its_temperature():
+    for entry in load("yarn")["entries"]:
+        if "inv_freq" in entry and not {"mscale", "attention_factor"} & entry["parameters"].keys():
+            geometry = geometry_of(entry)
+            inv_freq, scale = hfpos.schemes.NtkByParts(**entry["parameters"]).frequencies(geometry)
+            yarn, temperature = hfpos.schemes.Yarn(**entry["parameters"], attention_factor=1.0).frequencies(geometry)
+            assert torch.equal(inv_freq, yarn)
+            assert scale == temperature == 1.0
