@@ -1,6 +1,6 @@
 """hfpos changes how a Transformers model knows positions: `hfpos.patch(model, "yarn", factor=4)`."""
 
-from hfpos import families, schemes
+from hfpos import evaluate, families, schemes
 from hfpos.checkpoint import from_pretrained
 from hfpos.describe import Description, describe
 from hfpos.patching import patch, patched, unpatch
@@ -13,6 +13,7 @@ __all__ = [
     "PatchError",
     "__version__",
     "describe",
+    "evaluate",
     "families",
     "from_pretrained",
     "patch",

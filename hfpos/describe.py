@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfpos.families import family_of
+from hfpos.families import REGISTRY, family_of
 from hfpos.families._rotary_module import frequency_names, scaling_name
 from hfpos.patching import language_model, record_of
 
@@ -38,6 +38,7 @@ class Description:
         backend: the attention implementation in force.
         stock_loadable: whether stock Transformers loads a saved copy with equal logits.
         length_dependent: whether a token's logits depend on tokens behind it, through the length of the call.
+        needs_training: whether the model was trained with positions of another kind, so that it talks nonsense until it is fine-tuned.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Description:
     backend: str
     stock_loadable: bool
     length_dependent: bool
+    needs_training: bool
 
     def __str__(self) -> str:
         given = ", ".join(f"{key}={value}" for key, value in self.parameters.items() if value is not None)
@@ -70,6 +72,7 @@ class Description:
             "attention": self.backend,
             "stock loadable": "yes" if self.stock_loadable else "no, load with hfpos.from_pretrained",
             "length dependent": "yes" if self.length_dependent else "no",
+            "needs training": "yes, it was trained with positions of another kind" if self.needs_training else "no",
         }
         width = max(map(len, rows))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
@@ -124,6 +127,7 @@ def describe(model: nn.Module) -> Description:
         backend=backend,
         stock_loadable=_stock_loadable(target, record),
         length_dependent=record.scheme.length_dependent,
+        needs_training=not _same_kind(record),
     )
 
 
@@ -149,7 +153,13 @@ def _describe_unpatched(
         backend=backend,
         stock_loadable=True,
         length_dependent=native in ("dynamic", "longrope"),
+        needs_training=False,
     )
+
+
+def _same_kind(record: Record) -> bool:
+    """Whether the scheme is of the kind that the model was pretrained with: a rotation, a linear bias, a learned table."""
+    return isinstance(record.scheme, REGISTRY[record.family].trained_kind)
 
 
 def _stock_loadable(target: PreTrainedModel, record: Record) -> bool:

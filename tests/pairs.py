@@ -53,8 +53,8 @@ class Pair:
         return self.parameters.get("cache") == "pinned" and "factor" not in self.parameters
 
     @property
-    def unchanged(self) -> bool:
-        """Whether each token's logits are a function of its distances to the tokens before it."""
+    def relative(self) -> bool:
+        """Whether only the distances between tokens matter, up to the original length at least."""
         return self.scheme not in ("sinusoidal", "learned")
 
 
@@ -130,3 +130,10 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}")
     return (a - b).abs().max().item()
+
+
+def checkpointing(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in training mode with gradient checkpointing switched on."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+    return model.train()

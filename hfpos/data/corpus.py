@@ -76,13 +76,13 @@ def read_documents(path: str | Path) -> list[Document]:
     """
     path = Path(path)
     if not path.exists():
-        raise PatchError(f"No text at {path}: expected a file or a folder. Check the path.")
+        raise PatchError(f"no text at {path}; expected a file or a folder: check the path")
     files = _files_in(path, PLAIN_SUFFIXES + JSONL_SUFFIXES) if path.is_dir() else [path]
     documents = [document for file in files for document in _read_file(file)]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
-        raise PatchError(f"No text in {path}: expected at least one non-empty document ({known}).")
+        raise PatchError(f"no text in {path}; expected at least one non-empty document ({known})")
     return documents
 
 
@@ -107,8 +107,8 @@ def split_documents(
     """
     if not documents or not 0 < held_out < 1:
         raise PatchError(
-            f"Cannot hold out {held_out} of {len(documents)} documents: expected a share between 0 and 1, "
-            "and at least one document."
+            f"cannot hold out {held_out} of {len(documents)} documents; expected a share between 0 and 1, "
+            "and at least one document"
         )
     if len(documents) == 1:
         name, text = documents[0].name, documents[0].text
@@ -139,7 +139,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len((_BOS, _EOS))
     if vocab_size < smallest:
-        raise PatchError(f"vocab_size={vocab_size} cannot hold every byte: expected {smallest} or more.")
+        raise PatchError(f"vocab_size={vocab_size} cannot hold every byte; expected {smallest} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -183,7 +183,7 @@ def _text_share(text: str) -> float:
 def _read_file(path: Path) -> list[Document]:
     if not path.name.endswith(PLAIN_SUFFIXES + JSONL_SUFFIXES):
         raise PatchError(
-            f"Cannot read {path} as text: expected a file that ends in {', '.join(PLAIN_SUFFIXES + JSONL_SUFFIXES)}."
+            f"cannot read {path} as text; expected a file that ends in {', '.join(PLAIN_SUFFIXES + JSONL_SUFFIXES)}."
         )
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -193,7 +193,7 @@ def _read_file(path: Path) -> list[Document]:
             return [_read_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise PatchError(
-            f"Cannot read {path} ({error}): expected UTF-8 text. Convert the file, or leave it out."
+            f"cannot read {path} ({error}); expected UTF-8 text: convert the file, or leave it out"
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers.utils import logging
 
 from hfpos.data import tokenize
 from hfpos.demo.findings import finetuned_findings, table, untrained_findings
@@ -45,7 +46,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     seconds: dict[str, float] = {}
-    with _timed(seconds, "total"):
+    with _timed(seconds, "total"), _without_loading_bars():
         corpus = read_corpus(options)
         console.print(f"Text: {len(corpus.train)} documents to train on, {len(corpus.held_out)} others to measure on.")
         with _timed(seconds, "base model"):
@@ -114,6 +115,18 @@ def run(options: DemoOptions) -> dict[str, Any]:
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(f"- {line}", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """Transformers shows a bar for each small file it reads or writes, in the midst of the demo's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Family(ABC):
 
     name: ClassVar[str] = ""
     priority: ClassVar[int] = 1
-    own_scheme: ClassVar[str] = ""
+    trained_kind: ClassVar[type[Scheme]] = Scheme
     seams: ClassVar[tuple[str, ...]] = ("freq", "score", "bias", "embed", "none")
     hook_options: ClassVar[dict[str, Any]] = {}
 

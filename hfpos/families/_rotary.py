@@ -36,6 +36,7 @@ class RotaryDecoder(Family):
 
     name = "rotary"
     priority = 0
+    trained_kind = Rope
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

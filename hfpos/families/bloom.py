@@ -78,6 +78,7 @@ class Bloom(Family):
     """BLOOM and its heads."""
 
     name = "bloom"
+    trained_kind = Alibi
     hook_options = {"passes_call": False, "masks_packing": True}  # noqa: RUF012
 
     @classmethod

@@ -16,6 +16,7 @@ from hfpos.plan import Attribute, Hook, Swap, swap_class, swap_module
 from hfpos.positions import PositionHook, TruePositions
 from hfpos.rotation import cos_sin, rotate
 from hfpos.scheme import Geometry, PatchError, Rope
+from hfpos.schemes.learned import Learned
 
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class GPT2(Family):
     """GPT-2 and its heads."""
 
     name = "gpt2"
+    trained_kind = Learned
 
     @classmethod
     def refuses(cls, model: PreTrainedModel) -> str | None:

@@ -59,10 +59,12 @@ def plot_perplexity(
     )
     lengths = sorted({length for curve in curves.values() for length in curve})
     values = [value for curve in curves.values() for value in curve.values()]
+    smallest, largest = min(values), max(max(values), 2 * min(values))  # an octave at least, so that noise looks small
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.set_yscale("log", base=2)
-    ticks = _ticks(min(values), max(values))
+    axes.set_ylim(smallest / 1.1, largest * 1.1)
+    ticks = _ticks(smallest, largest)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("context length (tokens)")
@@ -77,7 +79,7 @@ def _ticks(smallest: float, largest: float) -> list[float]:
     """Round numbers from `smallest` to `largest`, about half an octave apart.
 
     >>> _ticks(4.2, 33.0)
-    [4, 6, 8, 12, 16, 24, 32]
+    [4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0]
     """
-    round_numbers = [base * 2**octave for octave in range(-2, 40) for base in (1, 1.5)]
-    return [value for value in round_numbers if smallest / 1.2 <= value <= largest * 1.2]
+    round_numbers = [base * 2.0**octave for octave in range(-2, 40) for base in (1, 1.5)]
+    return [value for value in round_numbers if smallest / 1.1 <= value <= largest * 1.1]
