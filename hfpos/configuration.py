@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpos.plan import Attribute, set_attribute
+from hfpos.scheme import PatchError
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ class _GuardedConfig:
         values[BLOCK] |= {f"own_{key}": values.get(key) for key in MARKS}
         values |= MARKS
         Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read what is guarded too: when PEFT saves an adapter it asks the class of the model's config for the base's."""
+        values, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        return base_values(values) if BLOCK in values else values, rest
 
     def __reduce__(self) -> tuple:
         return _restore, (type(self).__mro__[2], self.__dict__)
@@ -67,18 +74,48 @@ def base_values(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != BLOCK} | block["base"] | own
 
 
-def own_copy(model: nn.Module, config: PreTrainedConfig) -> tuple[PreTrainedConfig, list[Attribute]]:
-    """A deep copy of `config`, and the edits that give it to every module of `model` that holds the original."""
-    replacement = copy.deepcopy(config)
-    edits = [
-        set_attribute(module, "config", replacement)
-        for module in model.modules()
-        if module.__dict__.get("config") is config
-    ]
-    return replacement, edits
+def own_copy(root: nn.Module, config: Any, part: Any) -> tuple[Any, Any, list[Attribute]]:
+    """A deep copy of a model's `config`, the same `part` of it, and the edits that give the copies to the modules that hold the originals.
+
+    Args:
+        root: the model as the caller holds it, wrappers included.
+        config: the config of the whole model.
+        part: the config of its decoder: `config` itself, or a part of a composite one (`text_config`).
+    """
+    copies = {id(config): copy.deepcopy(config)}
+    for name in getattr(config, "sub_configs", None) or {}:
+        if getattr(config, name, None) is not None:
+            copies[id(getattr(config, name))] = getattr(copies[id(config)], name)
+    if id(part) not in copies:
+        raise PatchError(
+            f"the decoder's {type(part).__name__} is not part of the model's {type(config).__name__}; what is changed there would not be saved"
+        )
+    edits = []
+    for module in root.modules():
+        held = module.__dict__.get("config")
+        if id(held) in copies:
+            edits.append(set_attribute(module, "config", copies[id(held)]))
+    return copies[id(config)], copies[id(part)], edits
 
 
-def changed_values(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, Any]:
+def reloads_equal(config: Any, part: Any) -> bool:
+    """Whether the rope parameters of `part` are still the same after `config` has been saved and read again.
+
+    Some config classes rewrite what they read (Phi-3 turns every `yarn` into a `longrope`).
+    """
+    try:
+        again = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+    except Exception:
+        return False
+    name = next(
+        (name for name in getattr(config, "sub_configs", None) or {} if getattr(config, name, None) is part), None
+    )
+    again = again if name is None else getattr(again, name)
+    written = json.loads(json.dumps(part.rope_parameters))
+    return json.loads(json.dumps(again.rope_parameters)) == written
+
+
+def changed_values(old: Any, new: Any) -> dict[str, Any]:
     """The values of `old` that are different in `new`, as JSON."""
     before, after = old.to_dict(), new.to_dict()
     return {key: before[key] for key in before if key in after and before[key] != after[key]}

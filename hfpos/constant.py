@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy
 import torch
+
+
+def exact(values: Sequence[float]) -> torch.Tensor:
+    """The float64 tensor of `values`, made by numpy: inside DeepSpeed's `zero.Init` torch's own constructors round to bfloat16."""
+    return torch.from_numpy(numpy.array(values, dtype=numpy.float64))
 
 
 class Constant:

@@ -107,7 +107,7 @@ def describe(model: nn.Module) -> Description:
     """
     target = language_model(model)
     record = record_of(target)
-    inv_freq, scale = _live_rotation(target)
+    inv_freq, scale = _live_rotation(family_of(target).decoder)
     wavelengths = tuple(2 * math.pi / value if value else math.inf for value in inv_freq)
     backend = str(target.config._attn_implementation)
     if record is None:
@@ -167,9 +167,8 @@ def _stock_loadable(target: PreTrainedModel, record: Record) -> bool:
     return hasattr(record.scheme, "resize") or bool(block and block["stock"])
 
 
-def _live_rotation(target: PreTrainedModel) -> tuple[list[float], float]:
+def _live_rotation(decoder: nn.Module) -> tuple[list[float], float]:
     """Frequencies (radians per token) and the factor on cos and sin, from whatever in the model rotates; ([], 1) if nothing does."""
-    decoder = target.base_model
     for hook in decoder._forward_pre_hooks.values():
         tables = getattr(getattr(hook, "__self__", None), "rotation", None)
         if tables is not None:

@@ -109,14 +109,17 @@ def patched(model: M, scheme: str | Scheme, **parameters: Any) -> Iterator[M]:
     Args:
         model, scheme, parameters: as for `patch`.
     """
-    before = record_of(language_model(model))
+    target = language_model(model)
+    before = record_of(target)
     patch(model, scheme, **parameters)
     try:
         yield model
     finally:
-        unpatch(model)
+        inside = record_of(target)
+        if inside is not None:
+            _undo(target, inside)
         if before is not None:
-            _apply(language_model(model), before)
+            _apply(target, before)
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:
@@ -162,7 +165,12 @@ def _patch(model: nn.Module, target: PreTrainedModel, scheme: Scheme, tokenizer:
     plan = family.plan(scheme, model, tokenizer)
     record = Record(scheme, plan, family.geometry(), family.name)
     proving = prove and can_run(target) and not family.is_unchanged(scheme, record.geometry)
-    before = _probe(family, record.geometry) if proving else None
+    before = None
+    if proving:
+        before = _probe(family, family.probe_positions(record.geometry))
+        reference = family.unscaled_reference(scheme)
+        if reference is not None:
+            _prove_rotation(family_of(target), reference, model)
     _apply(target, record)
     if before is None:
         return
@@ -194,7 +202,7 @@ def can_run(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _probe(family: Family, geometry: Geometry) -> torch.Tensor:
+def _probe(family: Family, positions: list[int] | None) -> torch.Tensor:
     """The logits (8, vocabulary) of eight tokens, float32, without a trace: modes and remembered lengths are put back."""
     model: Any = family.model
     modes = {module: module.training for module in model.modules()}
@@ -206,7 +214,6 @@ def _probe(family: Family, geometry: Geometry) -> torch.Tensor:
         embedding = model.get_input_embeddings()
         device = embedding.weight.device if not embedding.weight.is_meta else torch.device("cpu")
         ids = torch.arange(8, device=device)[None] * 7 % embedding.weight.shape[0]
-        positions = family.probe_positions(geometry)
         given = {} if positions is None else {"position_ids": torch.tensor([positions], device=device)}
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)[0][0].float().cpu()
     finally:
@@ -217,8 +224,33 @@ def _probe(family: Family, geometry: Geometry) -> torch.Tensor:
             module.__dict__.update(attributes)
 
 
+def _prove_rotation(family: Family, reference: Scheme, root: nn.Module) -> None:
+    """Show that the rotation which attention is to take over is the family's own, in every layer."""
+    near = list(range(8))
+    expected = _probe(family, near)
+    plan = family.plan(reference, root)
+    plan.apply()
+    try:
+        found = _probe(family, near)
+    finally:
+        plan.undo()
+    tolerance = 0.05 if family.model.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    if (found - expected).abs().max() > tolerance * expected.abs().max():
+        raise PatchError(
+            f"{type(family.model).__name__} rotates queries and keys in a way that the score seam does not reproduce; use a scheme of "
+            "the freq seam, e.g. cache='pinned' with a target_length"
+        )
+
+
 def _prove(family: Family, record: Record, before: torch.Tensor) -> None:
-    after = _probe(family, record.geometry)
+    try:
+        after = _probe(family, family.probe_positions(record.geometry))
+    except PatchError:
+        raise
+    except Exception as error:
+        raise PatchError(
+            f"{type(family.model).__name__} does not run with {record.scheme} ({type(error).__name__}: {error}); the model was left as it was"
+        ) from error
     if not torch.isfinite(after).all():
         raise PatchError(
             f"{record.scheme} gives logits that are not finite on {type(family.model).__name__}; the model was left as it was"

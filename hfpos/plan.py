@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
@@ -66,21 +68,47 @@ class Attribute:
 
 @dataclass
 class Swap(Attribute):
-    """Replaces the submodule `target.name`. What is put in is moved to the device of what it replaces."""
+    """Replaces the submodule `target.name`. What is put in follows what it replaces to its device, weights also to their dtype."""
 
     def _set(self, value: Any) -> None:
         leaving = getattr(self.target, self.name)
         tensors = [*leaving.parameters(recurse=False), *leaving.buffers(recurse=False)]
         if tensors and not tensors[0].is_meta:
-            move_buffers(value, tensors[0].device)
+            follow(value, tensors[0])
         setattr(self.target, self.name, value)
 
 
-def move_buffers(module: nn.Module, device: Any) -> None:
-    """Move the module's own buffers to `device`, keeping their dtype; buffers on the meta device are left to their loader."""
+def follow(module: nn.Module, like: torch.Tensor) -> None:
+    """Move the module's own tensors to the device of `like`, weights also to its dtype; what is on meta is left to its loader."""
+    for parameter in module.parameters(recurse=False):
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(like.device, like.dtype)
     for name, buffer in module.named_buffers(recurse=False):
-        if not buffer.is_meta and buffer.device != device:
-            setattr(module, name, buffer.to(device))
+        if not buffer.is_meta and buffer.device != like.device:
+            setattr(module, name, buffer.to(like.device))
+
+
+@dataclass
+class ClassSwap(Attribute):
+    """Gives the module `target` another class: its weights, name and hooks stay, its forward is the new class's.
+
+    accelerate keeps the forward that it wraps on the module itself, as a method of the class it found; that is bound anew.
+    """
+
+    def _set(self, value: Any) -> None:
+        leaving = type(self.target)
+        self.target.__class__ = value
+        for name in ("forward", "_old_forward"):
+            if getattr(self.target.__dict__.get(name), "__func__", None) is leaving.forward:
+                setattr(self.target, name, MethodType(value.forward, self.target))
+
+
+@dataclass
+class Trainable(Attribute):
+    """Sets `requires_grad` of the parameter `target.name`, whichever tensor that is by then: loading weights replaces it."""
+
+    def _set(self, value: Any) -> None:
+        getattr(self.target, self.name).requires_grad_(value)
 
 
 @dataclass
@@ -115,14 +143,14 @@ def set_attribute(target: Any, name: str, new: Any) -> Attribute:
     return Attribute(target, name, own_attribute(target, name), new)
 
 
-def swap_module(parent: nn.Module, name: str, new: nn.Module) -> Swap:
-    """The edit that replaces the submodule `parent.name`."""
-    return Swap(parent, name, getattr(parent, name), new)
+def swap_class(module: nn.Module, cls: type) -> ClassSwap:
+    """The edit that gives one module another class."""
+    return ClassSwap(module, "__class__", type(module), cls)
 
 
-def swap_class(module: nn.Module, cls: type) -> Attribute:
-    """The edit that gives one module another class: its parameters, name and hooks stay, its forward is the new class's."""
-    return Attribute(module, "__class__", type(module), cls)
+def freeze(module: nn.Module, name: str = "weight") -> Trainable:
+    """The edit that takes the parameter `module.name` out of the training."""
+    return Trainable(module, name, getattr(module, name).requires_grad, False)
 
 
 @dataclass
@@ -157,7 +185,7 @@ def _brief(value: Any) -> str:
         value.__name__
         if isinstance(value, type)
         else repr(value)
-        if isinstance(value, (str, int, float, bool))
+        if isinstance(value, (str, int, float, bool, _Absent))
         else type(value).__name__
     )
     return text if len(text) <= 60 else text[:57] + "..."

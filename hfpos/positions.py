@@ -105,6 +105,31 @@ class OuterPositionIds:
         return args, kwargs
 
 
+class MaskedPositionIds:
+    """Forward pre-hook of a composite model, which would count positions itself, padding included, before its decoder is asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.arguments = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Put in the position ids that follow from a 2-D attention mask, unless the caller gave some."""
+        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
+        mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        wanted = "position_ids" in self.arguments and kwargs.get("position_ids") is None
+        if wanted and tokens is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            cache = kwargs.get("past_key_values")
+            past = 0 if cache is None else cache.get_seq_length()
+            kwargs["position_ids"] = masked_positions(mask, past, tokens.shape[1])
+        return (), kwargs
+
+
+def masked_positions(mask: torch.Tensor, past: int | torch.Tensor, tokens: int) -> torch.Tensor:
+    """Positions (B, tokens) of the tokens after the first `past` under a mask (B, >= past + tokens) that is 0 where there is padding."""
+    index = torch.arange(tokens, device=mask.device) + past
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, index]
+
+
 class PositionHook:
     """The forward pre-hook and forward hook of a patched decoder; see the module's text.
 
@@ -161,8 +186,7 @@ class PositionHook:
                     f"position_ids have shape {tuple(positions.shape)}; a patched model expects (batch, tokens), one position a token"
                 )
         elif mask is not None:
-            index = torch.arange(shape[1], device=device) + past
-            positions = (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)[:, index]
+            positions = masked_positions(mask.to(device), past, shape[1])
         else:
             positions = (torch.arange(shape[1], device=device) + past)[None]
 
@@ -182,7 +206,7 @@ class PositionHook:
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The forward hook: leaves the positions of the keys with the cache."""
         call, self.call, self.true_ids = self.call, None, None
-        if call is None:
+        if call is None or call.seam is None:
             return
         cache = output.get("past_key_values") if hasattr(output, "get") else kwargs.get("past_key_values")
         if cache is None and isinstance(output, tuple):
@@ -226,23 +250,28 @@ class PositionHook:
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.dtype)
 
     def _call(self, module: nn.Module, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int) -> Call:
-        if self.seam is not None:
-            self.seam.check_backend(module)
-        record: CacheRecord | None = getattr(cache, CACHE_RECORD, None) if cache is not None else None
-        lengths = None
-        if self.pins_prompt:
-            prompt = None if record is None else record.lengths
-            lengths = positions.max(-1, keepdim=True).values + 1 if prompt is None else _rows(prompt, batch)
-        q_positions, total = positions, past + positions.shape[-1]
-        if cache is None:
-            k_positions = positions
-        else:
-            k_positions = self._key_positions(positions, mask, cache, past, record, batch)
-        rotation = None
+        rotation, total = None, past + positions.shape[-1]
         if self.rotation is not None:
             cos, sin = self.rotation(positions)
             rotation = cos[:, None], sin[:, None]
-        return Call(self.seam, q_positions, k_positions, total, lengths, rotation)
+        if self.seam is None:  # attention needs no positions of earlier keys
+            return Call(None, positions, positions, total, rotation=rotation)
+        self.seam.check_backend(module)
+        record: CacheRecord | None = getattr(cache, CACHE_RECORD, None)
+        k_positions = positions
+        if cache is not None:
+            k_positions = self._key_positions(positions, mask, cache, past, record, batch)
+        lengths = self._prompt_lengths(positions, past, record, batch) if self.pins_prompt else None
+        return Call(self.seam, positions, k_positions, total, lengths, rotation)
+
+    @staticmethod
+    def _prompt_lengths(positions: torch.Tensor, past: Any, record: CacheRecord | None, batch: int) -> torch.Tensor:
+        """The length (B, 1) of each row's prompt, which is what an empty cache is filled with first."""
+        lengths = positions.amax(-1, keepdim=True) + 1
+        if record is None or record.lengths is None or (isinstance(past, int) and past == 0):
+            return lengths
+        known = _rows(record.lengths, batch).to(positions.device)
+        return torch.where(past == 0, lengths, known) if isinstance(past, torch.Tensor) else known
 
     def _key_positions(
         self, positions: torch.Tensor, mask: Any, cache: Any, past: Any, record: CacheRecord | None, batch: int

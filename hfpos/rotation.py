@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from hfpos.constant import exact
 from hfpos.scheme import PatchError
 
 
@@ -16,14 +17,12 @@ CONVENTIONS = ("half", "interleaved")
 def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
     """`theta ** (-2 i / rotary_dim)` for i = 0 .. rotary_dim/2 - 1: (rotary_dim / 2,) float64, radians per token.
 
-    Built from Python floats: `torch.arange` is not safe here, DeepSpeed's `zero.Init` makes it return bfloat16.
-
     Paper: RoFormer, arXiv 2104.09864, section 3.2.2.
 
     >>> inverse_frequencies(10000.0, 4)
     tensor([1.0000, 0.0100], dtype=torch.float64)
     """
-    return torch.tensor([theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)], dtype=torch.float64)
+    return exact([theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)])
 
 
 def cos_sin(

@@ -53,6 +53,11 @@ class Pair:
         return self.parameters.get("cache") == "pinned" and "factor" not in self.parameters
 
     @property
+    def inside_attention(self) -> bool:
+        """Whether attention is told the positions of cached keys, which are then kept with the cache."""
+        return hfpos.schemes()[self.scheme].create(**self.parameters).seam in ("bias", "score")
+
+    @property
     def relative(self) -> bool:
         """Whether only the distances between tokens matter, up to the original length at least."""
         return self.scheme not in ("sinusoidal", "learned")
@@ -137,3 +142,12 @@ def checkpointing(model: PreTrainedModel) -> PreTrainedModel:
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)()
     return model.train()
+
+
+def use_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
+    """What a user does who wants another attention implementation after patching."""
+    if model.config.model_type == "bloom":  # whose class Transformers takes to know no other
+        model.config._attn_implementation = backend
+    else:
+        model.set_attn_implementation(backend)
+    return model

@@ -6,22 +6,19 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.pairs import tokens
+
 
 STORES = ("_modules", "_parameters", "_buffers")
 
 
-def tokens(length=40, rows=2, seed=1, vocabulary=128):
-    """Seeded random token ids (rows, length)."""
-    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
-def logits(model, length=40, rows=2, **kwargs):
-    """Logits of `tokens(length, rows)` on the device of the embedding."""
-    return model(tokens(length, rows), **kwargs).logits
+def logits(model, length=30):
+    """Logits of two rows of seeded tokens; 30 are within what the models of `tests.pairs` were trained on."""
+    return model(tokens(2, length)).logits
 
 
-def structure(model):
+def structure(model, generation=True):
     """What hangs on each module: its class, identity, attributes, hooks, children, dtypes and modes; no numbers."""
     found = {}
     for name, module in model.named_modules():
@@ -34,8 +31,8 @@ def structure(model):
         for name, value in [*model.named_parameters(), *model.named_buffers()]
     }
     configs = {id(module.config): json.dumps(module.config.to_dict(), default=str) for module in configured(model)}
-    generation = model.generation_config
-    return found, tensors, configs, id(generation), generation.to_dict(), model.config._attn_implementation
+    limits = (id(model.generation_config), model.generation_config.to_dict()) if generation else ()
+    return found, tensors, configs, limits, model.config._attn_implementation
 
 
 def configured(model):

@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import pad
 
 from hfpos.attention.dense import add_bias, full_mask
-from hfpos.attention.interface import keep_backend
-from hfpos.constant import Constant
+from hfpos.attention.interface import is_fused, keep_backend
+from hfpos.constant import Constant, exact
 
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class LinearBias:
 
     def __init__(self, scheme: Alibi, heads: int) -> None:
         self.scheme = scheme
-        self.slopes = Constant(torch.tensor(scheme.head_slopes(heads), dtype=torch.float64))
+        self.slopes = Constant(exact(scheme.head_slopes(heads)))
 
     def check_backend(self, decoder: Any) -> None:
         """Make sure that attention still goes through the registered functions."""
@@ -95,8 +95,9 @@ class LinearBias:
         k_positions = call.keys_of_layer(key.shape[2]).to(query.device)
         # One query: a row of the bias costs less than new keys. A soft cap or an attention sink needs the bias itself, not only
         # its differences along a row. Against a custom mask that shows the future, only `bidirectional` tells what is meant.
+        # An unfused function holds every logit anyway, and would round the large ones that the features make.
         needs_bias = kwargs.get("softcap") is not None or hasattr(module, "sinks") or self.scheme.bidirectional
-        if query.shape[2] == 1 or needs_bias:
+        if query.shape[2] == 1 or needs_bias or not is_fused(inner):
             bias = self.scheme.bias(q_positions, k_positions, slopes)
             mask = full_mask(mask, query.shape[2], key.shape[2], query.device)
             mask = add_bias(bias, mask, query.dtype).expand(query.shape[0], -1, -1, -1)
@@ -109,4 +110,4 @@ class LinearBias:
         if same_width:  # fused kernels want values as wide as keys
             value = pad(value, (0, FEATURES))
         output, weights = inner(module, query, key, value, mask, scaling=scaling, **kwargs)
-        return output[..., :width], weights
+        return output[..., :width].contiguous(), weights

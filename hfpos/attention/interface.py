@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 PREFIX = "hfpos_"
 BACKENDS = ("sdpa", "eager")
+SPARSE = (
+    "indices",
+    "block_indices",
+)  # what families with sparse attention hand to an implementation that they do not know
 
 
 def stock_function(backend: str, module: nn.Module) -> Callable:
@@ -33,6 +37,11 @@ def stock_function(backend: str, module: nn.Module) -> Callable:
         return ALL_ATTENTION_FUNCTIONS[backend]
     family = sys.modules[type(module).__module__]
     return getattr(family, "eager_attention_forward", eager_attention)
+
+
+def is_fused(function: Callable) -> bool:
+    """Whether `function` is a kernel that never rounds attention logits to the dtype of its inputs."""
+    return function is ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _make(backend: str) -> Callable:
@@ -50,6 +59,12 @@ def _make(backend: str) -> Callable:
             raise PatchError(
                 f"{type(module).__name__} was called without the positions of its tokens: this family's layers do not hand keyword "
                 "arguments on to attention, so a bias or a cached rotation cannot reach it; use a scheme of the freq seam"
+            )
+        chosen = sorted(name for name in SPARSE if kwargs.get(name) is not None)
+        if chosen:
+            raise PatchError(
+                f"{type(module).__name__} attends to chosen keys only ({', '.join(chosen)}), which this scheme's attention would lose; use a "
+                "scheme of the freq seam"
             )
         if hfpos is None or hfpos.seam is None:
             return inner(module, query, key, value, attention_mask, **kwargs)

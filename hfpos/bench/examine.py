@@ -130,7 +130,7 @@ def _silent(
 ) -> str | None:
     """Where the patched model computes something, but not what it was asked for. Leaves `model` patched as it was."""
     patched = probes.logits(model, ids)
-    if probes.difference(patched, stock) <= probes.TOLERANCE:
+    if probes.difference(patched, stock) <= probes.MOVED:
         return "silent: the logits do not move"
     if seam == "freq" and getattr(model.config, "rope_parameters", None) and model.config.hfpos["stock"]:
         expected = _as_stock_loads_it(model, ids)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Float32 rounding through a few layers stays two orders of magnitude below this share of the largest logit, a wrong position above.
 TOLERANCE = 1e-3
+MOVED = 1e-5  # of the largest logit: well above float32 noise, well below the smallest change a scheme makes to a tiny model
 STEPS = 8
 PADDING = 6
 

@@ -58,8 +58,8 @@ def standard_library(min_characters: int = 4_000) -> list[Document]:
             documents.append(Document(path.relative_to(root).as_posix(), text))
     if not documents:
         raise PatchError(
-            f"No library sources of {min_characters} characters or more under {root}: expected .py files there. "
-            "Give your own text instead (`--text PATH`)."
+            f"no library sources of {min_characters} characters or more under {root}; expected .py files there: "
+            "give your own text instead"
         )
     return documents
 
@@ -78,7 +78,8 @@ def read_documents(path: str | Path) -> list[Document]:
     if not path.exists():
         raise PatchError(f"no text at {path}; expected a file or a folder: check the path")
     files = _files_in(path, PLAIN_SUFFIXES + JSONL_SUFFIXES) if path.is_dir() else [path]
-    documents = [document for file in files for document in _read_file(file)]
+    root = path if path.is_dir() else path.parent
+    documents = [document for file in files for document in _read_file(file, file.relative_to(root).as_posix())]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
@@ -180,30 +181,34 @@ def _text_share(text: str) -> float:
     return len(re.sub(r"[^A-Za-z\s]+", "", text)) / len(text)
 
 
-def _read_file(path: Path) -> list[Document]:
+def _read_file(path: Path, name: str) -> list[Document]:
     if not path.name.endswith(PLAIN_SUFFIXES + JSONL_SUFFIXES):
         raise PatchError(
-            f"cannot read {path} as text; expected a file that ends in {', '.join(PLAIN_SUFFIXES + JSONL_SUFFIXES)}."
+            f"cannot read {path} as text; expected a file that ends in {', '.join(PLAIN_SUFFIXES + JSONL_SUFFIXES)}"
         )
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             if path.name.endswith(PLAIN_SUFFIXES):
-                return [Document(path.name, file.read())]
-            return [_read_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
+                return [Document(name, file.read())]
+            return [
+                Document(f"{name}:{number}", _row_text(path, number, line))
+                for number, line in enumerate(file, 1)
+                if line.strip()
+            ]
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise PatchError(
             f"cannot read {path} ({error}); expected UTF-8 text: convert the file, or leave it out"
         ) from error
 
 
-def _read_row(path: Path, number: int, line: str) -> Document:
+def _row_text(path: Path, number: int, line: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise PatchError(f"{path} line {number} is not JSON ({error}): expected one JSON object a line.") from error
+        raise PatchError(f"{path} line {number} is not JSON ({error}); expected one JSON object a line") from error
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = f"the fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise PatchError(f'{path} line {number} has {found}: expected an object with a string field "text".')
-    return Document(f"{path.name}:{number}", text)
+        raise PatchError(f'{path} line {number} has {found}; expected an object with a string field "text"')
+    return text

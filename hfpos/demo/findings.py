@@ -6,53 +6,55 @@ from hfpos.demo.measure import ALIBI, UNPATCHED, curve
 from hfpos.evaluate import PerplexityResult
 
 
-def table(title: str, scores: dict[str, PerplexityResult], trained: int) -> Table:
-    table = Table("scheme", title=title, title_justify="left", box=None, header_style="bold")
+def table(scores: dict[str, PerplexityResult], trained: int) -> Table:
+    """Perplexity, one row a scheme and one column a context length."""
+    found = Table("scheme", box=None, header_style="bold", pad_edge=False, padding=(0, 2))
     for length in scores[UNPATCHED].by_length:
-        table.add_column(f"{length} (trained)" if length == trained else str(length), justify="right")
+        found.add_column(f"{length} (trained)" if length == trained else str(length), justify="right")
     for name, result in scores.items():
-        table.add_row(name, *(f"{value:.4g}" for value in curve(result).values()))
-    return table
+        found.add_row(name, *(f"{value:.2f}" for value in curve(result).values()))
+    return found
 
 
 def untrained_findings(
     scores: dict[str, PerplexityResult], refused: dict[str, str], trained: int, best: str
 ) -> list[str]:
-    """What the first table says, in words; the words follow the numbers, whatever they are."""
+    """What the table of the schemes says, before any training."""
     none, found = curve(scores[UNPATCHED]), curve(scores[best])
     longest = max(none)
-    lines = [
-        f"{best} is the best at {longest}: {found[longest]:.4g}, unpatched {none[longest]:.4g} "
-        f"({_change(none[longest], found[longest])})",
-        f"its price at {trained}, where nothing had to change: {none[trained]:.4g} -> {found[trained]:.4g} "
-        f"({_change(none[trained], found[trained])})",
-    ]
+    if found[longest] < none[longest]:
+        lines = [f"best at {longest}: {best}, {_change(none[longest], found[longest])} against the unpatched model"]
+    else:
+        lines = [
+            f"at {longest} the unpatched model is still better ({_change(found[longest], none[longest])}) than the best "
+            f"scheme, {best}: it does not need one yet; try a larger factor"
+        ]
+    lines.append(f"what {best} costs at {trained}, where nothing was wrong: {_change(none[trained], found[trained])}")
     if ALIBI in scores:
         alibi = curve(scores[ALIBI])[longest]
-        verdict = "bad, as it must be" if alibi > none[longest] else "not even bad"
         lines.append(
-            f"alibi at {longest}: {alibi:.4g}, {verdict}: the model was trained with rotary positions, and other ones have "
-            "to be trained before they are of use"
+            f"alibi at {longest}: {_change(none[longest], alibi)} against the unpatched model. It replaces the rotary "
+            "positions this model was trained with instead of stretching them, so it is of no use before training"
         )
     return lines + [f"{name} does not fit this model: {reason}" for name, reason in refused.items()]
 
 
 def finetuned_findings(scores: dict[str, PerplexityResult], trained: int, best: str, tuned: str) -> list[str]:
+    """What the fine-tuning changed."""
     none, before, after = (curve(scores[name]) for name in (UNPATCHED, best, tuned))
     longest = max(none)
     return [
-        f"fine-tuned at {longest}: {before[longest]:.4g} -> {after[longest]:.4g} "
-        f"({_change(before[longest], after[longest])})",
-        f"that is {_change(none[trained], after[longest])} against the unpatched model at its trained {trained} "
-        f"({none[trained]:.4g})",
-        f"the price at {trained} is now {_change(none[trained], after[trained])} "
-        f"({none[trained]:.4g} -> {after[trained]:.4g}); part of this is simply more training",
+        f"at {longest}: {_change(before[longest], after[longest])} by the fine-tuning, and now "
+        f"{_change(none[trained], after[longest])} against what the unpatched model reached at its trained {trained}",
+        f"at {trained}: {_change(none[trained], after[trained])} against the unpatched model",
+        "a part of this is simply more training on this kind of text, whatever the positions",
     ]
 
 
 def _change(before: float, after: float) -> str:
-    """
+    """Say how a perplexity changed.
+
     >>> _change(20.0, 19.0)
-    '-5.0 %'
+    '20.00 -> 19.00 (-5.0 %)'
     """
-    return f"{100 * (after / before - 1):+.1f} %"
+    return f"{before:.2f} -> {after:.2f} ({100 * (after / before - 1):+.1f} %)"

@@ -29,6 +29,7 @@ class Corpus:
 
 
 def read_corpus(options: DemoOptions) -> Corpus:
+    """The user's text or the standard library's, split by file."""
     documents = read_documents(options.text) if options.text else standard_library()
     train_documents, held_out = split_documents(documents, seed=options.seed)
     digest = hashlib.sha256()
@@ -119,6 +120,7 @@ def _device() -> str:
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a folder, in float32 and ready to be measured, and its tokenizer."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise PatchError(f"no tokenizer in {folder}; save the model's tokenizer there too (tokenizer.save_pretrained)")

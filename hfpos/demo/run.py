@@ -62,7 +62,8 @@ def run(options: DemoOptions) -> dict[str, Any]:
         with _timed(seconds, "measure"):
             scores, refused = measure_schemes(model, pieces, lengths, options.factor)
         best = best_scaling(scores, refused)
-        console.print(table("Perplexity by context length, patched without any training", scores, trained))
+        console.print("\nPerplexity by context length, no scheme trained:")
+        console.print(table(scores, trained))
         _print_lines(console, untrained_findings(scores, refused, trained, best))
 
         tuned_folder = None
@@ -72,7 +73,8 @@ def run(options: DemoOptions) -> dict[str, Any]:
             tuned = f"{best}, fine-tuned"
             scores[tuned] = measure(load(tuned_folder)[0], pieces, lengths)
             shown = {name: scores[name] for name in (UNPATCHED, best, tuned)}
-            console.print(table(f"The same after fine-tuning at {lengths[-1]} tokens", shown, trained))
+            console.print(f"\nThe same after fine-tuning at {lengths[-1]} tokens:")
+            console.print(table(shown, trained))
             _print_lines(console, finetuned_findings(scores, trained, best, tuned))
 
     results = {
@@ -100,10 +102,9 @@ def run(options: DemoOptions) -> dict[str, Any]:
     )
     text = json.dumps(results, indent=2, default=str)
     record.write_text(text + "\n", encoding="utf-8")
-    console.print(
-        f"\nPlot: {plot}. Numbers, versions, settings: {record}. {seconds['total']:.0f} s in all.\nRead next:"
-    )
+    console.print(f"\n{seconds['total']:.0f} s in all. What to read next:")
     next_steps = [
+        f"{plot}: the plot; {record}: every number, with versions, hardware and settings",
         f"`hfpos describe {tuned_folder or folder}`: what that model's positions are now",
         "`hfpos demo --model FOLDER --text FILE`: the same with a model and a text of your own",
         "`hfpos schemes`, and the catalogue in README.md: every scheme, its paper, and where it works",

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Literal
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from torch.nn import functional as F
@@ -72,7 +73,7 @@ def perplexity(
         batch_size: documents run together. It changes speed and memory, not the result.
         chunk: tokens whose logits exist at one time, so memory does not grow with length x vocabulary. Longer
             inputs go through the KV cache in pieces of this size.
-        progress: show a progress bar.
+        progress: show a progress bar on stderr.
 
     Raises:
         PatchError: a length no document reaches, ids outside the vocabulary, a loss that is not finite, ...
@@ -109,7 +110,7 @@ def perplexity(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with Progress(disable=not progress) as bar:
+        with Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("perplexity", total=sum(length for _, length in runs))
             for length, batch in _batches(runs, batch_size):
                 served = [length] if length_dependent else [short for short in lengths if short <= length]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from hfpos.plan import Edit
 
 
+def calls_interface(decoder: nn.Module) -> bool:
+    """Whether attention goes through Transformers' attention interface, which is where a bias or a late rotation gets in."""
+    forwards = (inspect.unwrap(type(module).forward) for module in decoder.modules())
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards if inspect.isfunction(forward)
+    )
+
+
 class Family(ABC):
     """One kind of model. A subclass says how its own positions are switched off and how a scheme gets in.
 
@@ -40,7 +49,7 @@ class Family(ABC):
         # Any: what a model holds beside its weights is known to its family, not to a type checker
         self.model: Any = model
         self.decoder: Any = self.find_decoder(model)
-        self.config: Any = model.config
+        self.config: Any = self.decoder.config
 
     @classmethod
     @abstractmethod
@@ -65,9 +74,7 @@ class Family(ABC):
         """The edits that switch the model's own positions off; `config` is the patched model's copy."""
 
     @abstractmethod
-    def rotary_edits(
-        self, scheme: Rope, geometry: Geometry, config: PreTrainedConfig
-    ) -> tuple[list[Edit], bool, dict]:
+    def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         """For the freq seam: the edits, whether stock Transformers reloads the result equal, and options of the `PositionHook`."""
 
     def score_rotation(self) -> tuple[str, str | None]:
@@ -78,6 +85,10 @@ class Family(ABC):
         """Eight positions for the proof, some beyond the trained length; None where the unpatched model takes no position ids."""
         length = geometry.trained_length or geometry.allowed_length or 2048
         return [0, 1, length // 2, length - 1, length, 2 * length, 3 * length, 4 * length - 1]
+
+    def unscaled_reference(self, scheme: Scheme) -> Scheme | None:
+        """A scheme of the same seam that must leave short inputs as they are, where the seam takes over what the family does."""
+        return None
 
     def stateful_modules(self) -> list[nn.Module]:
         """Modules of the unpatched model that remember something from call to call; the proof puts them back as they were."""
@@ -102,6 +113,10 @@ class Family(ABC):
         """The edits that let this family's layers take a `Call`."""
         return []
 
+    def reaches_attention(self) -> bool:
+        """Whether a scheme can act inside this family's attention."""
+        return calls_interface(self.decoder)
+
     def plan(self, scheme: Scheme, root: nn.Module, tokenizer: Any = None) -> Plan:
         """Every edit that puts `scheme` into the model. Raises `PatchError` and changes nothing where that cannot work.
 
@@ -116,8 +131,13 @@ class Family(ABC):
                 f"{scheme.name!r} acts at the {scheme.seam!r} seam; {self.name} ({type(self.model).__name__}) offers only: "
                 f"{', '.join(self.seams)}"
             )
+        if scheme.seam in ("bias", "score") and not self.reaches_attention():
+            raise PatchError(
+                f"{scheme.name!r} acts inside attention, and {type(self.model).__name__} does not use Transformers' attention interface; use a "
+                "scheme of the freq seam"
+            )
         scheme.check(geometry)
-        config, copied = own_copy(root, self.config)
+        whole, config, copied = own_copy(root, self.model.config, self.config)
         edits: list[Edit] = [*copied]
         length = scheme.patched_length(geometry)
         edits += self._length_edits(length, config)
@@ -127,7 +147,7 @@ class Family(ABC):
             edits += self.resize_edits(scheme, config)
             stock = True
         elif scheme.seam == "freq":
-            rotary, stock, more = self.rotary_edits(scheme, geometry, config)  # type: ignore[arg-type]
+            rotary, stock, more = self.rotary_edits(scheme, geometry, config, whole)  # type: ignore[arg-type]
             edits, options = edits + rotary, options | more
         else:
             edits += self.positions_off(config)
@@ -147,7 +167,7 @@ class Family(ABC):
         edits.append(Hook(self.model, "register_state_dict_pre_hook", mark_adapters))
         if tokenizer is not None and length is not None:
             edits.append(Attribute(tokenizer, "model_max_length", tokenizer.model_max_length, length))
-        self._mark(scheme, geometry, config, stock)
+        self._mark(scheme, whole, stock)
         return Plan(tuple(edits))
 
     def backend(self) -> str | None:
@@ -169,7 +189,7 @@ class Family(ABC):
         generation.max_length = length
         return [set_attribute(self.model, "generation_config", generation)]
 
-    def _mark(self, scheme: Scheme, geometry: Geometry, config: PreTrainedConfig, stock: bool) -> None:
+    def _mark(self, scheme: Scheme, config: Any, stock: bool) -> None:
         """Write the block that travels with the checkpoint; a resized table needs none, it is a stock model again."""
         if hasattr(scheme, "resize"):
             return
@@ -177,7 +197,7 @@ class Family(ABC):
             "version": __version__,
             "scheme": scheme.name,
             "parameters": scheme.parameters(),
-            "base": changed_values(self.config, config),
+            "base": changed_values(self.model.config, config),
             "stock": stock,
         }
         setattr(config, BLOCK, block)

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hfpos.configuration import reloads_equal
 from hfpos.families._family import Family
-from hfpos.families._rotary_module import fix, frequency_names, scaling_name
-from hfpos.plan import Hook, swap_module
-from hfpos.positions import PositionHook, TruePositions
-from hfpos.rotation import CONVENTIONS, inverse_frequencies, rotate
+from hfpos.families._rotary_module import RotarySwap, fix, frequency_names, scaling_name
+from hfpos.plan import Hook
+from hfpos.positions import MaskedPositionIds, PositionHook, TruePositions
+from hfpos.rotation import CONVENTIONS, cos_sin, inverse_frequencies, rotate
 from hfpos.scheme import Geometry, PatchError, Rope
+from hfpos.schemes.dynamic import Dynamic
 
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from hfpos.plan import Edit
 
-FULL = "full_attention"  # the type of layer that is scaled where a config nests its parameters by type
+# Keys of rope_parameters that say how to scale; all others (what splits a head, a family's own) stay when a scheme is written.
+SCALING_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+}
 
 
-def rope_modules(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The rotary modules inside `decoder` with their dotted names."""
-    return [(name, module) for name, module in decoder.named_modules() if frequency_names(module)]
+def text_rotaries(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
+    """`(owner, name, module)` of every rotary module in the language model of `model`."""
+    config = model.config.get_text_config(decoder=True)
+    found = []
+    for owner in model.modules():
+        for name, module in owner.named_children():
+            if frequency_names(module) and getattr(module, "config", config) is config:
+                found.append((owner, name, module))
+    return found
+
+
+def scaled_type(parameters: dict[str, Any]) -> str | None:
+    """The type of layer whose parameters are scaled where a config nests them by type: not the sliding ones. None if it does not."""
+    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
+    if not nested:
+        return None
+    scaled = [key for key in nested if "sliding" not in key]
+    return scaled[0] if len(scaled) == 1 else ""
 
 
 class RotaryDecoder(Family):
@@ -40,30 +65,38 @@ class RotaryDecoder(Family):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.rotary: Any
-        (self.rotary_name, self.rotary), *_ = rope_modules(self.decoder)
-        self.new_rotary = self.rotary
-        parameters = self.config.rope_parameters
-        self.nested = any(isinstance(value, dict) for value in parameters.values())
-        self.parameters: dict[str, Any] = parameters[FULL] if self.nested else parameters
-        self.buffer = f"{FULL}_inv_freq" if self.nested else "inv_freq"
+        ((_, self.rotary_name, self.rotary),) = text_rotaries(model)
+        self.new_rotary: Any = self.rotary
+        self.layer_type = scaled_type(self.config.rope_parameters)
+        nested = self.layer_type is not None
+        self.parameters: dict[str, Any] = (
+            self.config.rope_parameters[self.layer_type] if nested else self.config.rope_parameters
+        )
+        self.buffer = f"{self.layer_type}_inv_freq" if nested else "inv_freq"
+
+    @classmethod
+    def find_decoder(cls, model: PreTrainedModel) -> Any:
+        return text_rotaries(model)[0][0]
 
     @classmethod
     def refuses(cls, model: PreTrainedModel) -> str | None:
-        modules = rope_modules(model.base_model)
-        parameters = getattr(model.config, "rope_parameters", None)
-        if not modules:
+        found = text_rotaries(model)
+        if not found:
             return "it has no rotary embedding"
-        if len(modules) > 1 or "." in modules[0][0]:
-            return f"it computes rotary embeddings in {len(modules)} places ({modules[0][0]} ...), not once for all layers"
+        owner, _, rotary = found[0]
+        places = sum(bool(frequency_names(module)) for module in owner.modules())
+        if len(found) > 1 or places > 1 or not isinstance(owner, PreTrainedModel):
+            return f"it computes rotary embeddings in {max(places, len(found))} places (in {type(owner).__name__} ...), not once for all layers"
+        parameters = getattr(owner.config, "rope_parameters", None)
         if not isinstance(parameters, dict) or not parameters:
             return "its config has no rope_parameters"
-        if any(isinstance(value, dict) for value in parameters.values()) and not isinstance(
-            parameters.get(FULL), dict
+        layer_type = scaled_type(parameters)
+        if layer_type == "":
+            return f"its config nests rope_parameters by {sorted(parameters)}; which of them to scale cannot be told"
+        names = frequency_names(rotary)
+        if (f"{layer_type}_inv_freq" if layer_type else "inv_freq") not in names or (
+            layer_type is None and len(names) > 1
         ):
-            return f"its config nests rope_parameters by {sorted(parameters)}, none of which is {FULL!r}"
-        names = frequency_names(modules[0][1])
-        if names != ["inv_freq"] and f"{FULL}_inv_freq" not in names:
             return f"its rotary module keeps its frequencies as {names}"
         return None
 
@@ -93,6 +126,7 @@ class RotaryDecoder(Family):
                 f"the config states original_max_position_embeddings={stated} but max_position_embeddings={allowed}, which is shorter; "
                 "correct one of them before the model is built"
             )
+        rotary_dim = 2 * getattr(self.rotary, self.buffer).shape[-1]
         problem = None
         if stated is None and self.parameters.get("factor", 1) != 1 and kind != "dynamic":
             problem = (
@@ -101,8 +135,8 @@ class RotaryDecoder(Family):
             )
         return Geometry(
             heads=heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            rotary_dim=2 * getattr(self.rotary, self.buffer).shape[-1],
+            head_dim=round(rotary_dim / self.parameters.get("partial_rotary_factor", 1.0)),
+            rotary_dim=rotary_dim,
             theta=float(theta),
             trained_length=None if problem else stated or allowed,
             trained_length_stated=stated is not None,
@@ -121,20 +155,19 @@ class RotaryDecoder(Family):
         scales = {name: getattr(rotary, scaling_name(name)) for name in keep} | dict.fromkeys(still, 1.0)
         return self._swap(fix(rotary, still | moving, scales))
 
-    def rotary_edits(
-        self, scheme: Rope, geometry: Geometry, config: PreTrainedConfig
-    ) -> tuple[list[Edit], bool, dict]:
+    def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         self._check_unscaled(config, geometry)
         wanted, scale = scheme.frequencies(geometry)
         parameters = scheme.stock(geometry)
         stock = False
         if parameters is not None:
             config.rope_parameters = self._with(parameters)
-            rotary = self._build(config)
-            built, factor = getattr(rotary, self.buffer), getattr(rotary, scaling_name(self.buffer))
             # Transformers' own float32 values where they are the scheme's (then a stock reload is bit-equal), else the scheme's
-            stock = built.shape == wanted.shape and torch.allclose(built.double(), wanted, rtol=1e-5, atol=0)
-            stock = stock and abs(factor - scale) < 1e-6
+            with contextlib.suppress(PatchError):
+                rotary = self._build(config)
+                built, factor = getattr(rotary, self.buffer), getattr(rotary, scaling_name(self.buffer))
+                stock = built.shape == wanted.shape and torch.allclose(built.double(), wanted, rtol=1e-5, atol=0)
+                stock = stock and abs(factor - scale) < 1e-6 and reloads_equal(whole, config)
         if not stock:
             config.rope_parameters = copy.deepcopy(self.config.rope_parameters)
             rotary = self._build(config)
@@ -143,10 +176,10 @@ class RotaryDecoder(Family):
         scales = {name: getattr(rotary, scaling_name(name)) for name in names}
         if not stock:
             frequencies[self.buffer], scales[self.buffer] = wanted.float(), scale
-            if not self.nested:
-                rotary.rope_type = "default"  # else its forward would recompute what is fixed here
-            else:
-                rotary.rope_type = rotary.rope_type | {FULL: "default"}
+            # else its forward would recompute what is fixed here
+            rotary.rope_type = (
+                "default" if self.layer_type is None else rotary.rope_type | {self.layer_type: "default"}
+            )
         return self._swap(fix(rotary, frequencies, scales)), stock, {}
 
     def is_unchanged(self, scheme: Any, geometry: Geometry) -> bool:
@@ -157,7 +190,9 @@ class RotaryDecoder(Family):
             self.new_rotary, scaling_name(self.buffer)
         )
         return same_scale and all(
-            torch.equal(getattr(self.rotary, name).float().cpu(), getattr(self.new_rotary, name).cpu())
+            torch.allclose(
+                getattr(self.rotary, name).float().cpu(), getattr(self.new_rotary, name).cpu(), rtol=1e-6, atol=0
+            )
             for name in names
         )
 
@@ -167,10 +202,30 @@ class RotaryDecoder(Family):
                 f"{type(self.model).__name__} rotates only in some of its layers; the score seam rotates in all. Use a scheme of the freq "
                 "seam, e.g. cache='pinned' with a target_length"
             )
-        return self._convention(), FULL if self.nested else None
+        chooser = next((key for key in self.config.to_dict() if "indexer" in key or key == "index_topk"), None)
+        if chooser is not None:
+            raise PatchError(
+                f"{type(self.model).__name__} also rotates where it chooses keys ({chooser}), which the score seam does not reach. Use a scheme "
+                "of the freq seam, e.g. cache='pinned' with a target_length"
+            )
+        if self.layer_type is not None and self.layer_type not in self.config.layer_types:
+            raise PatchError(
+                f"{type(self.model).__name__} does not say which of its layers are of type {self.layer_type!r}, which the score seam must know"
+            )
+        return self._convention(), self.layer_type
 
     def layer_edits(self, hook: PositionHook) -> list[Edit]:
-        return [Hook(self.new_rotary, "register_forward_pre_hook", TruePositions(hook, 1), {"with_kwargs": True})]
+        edits: list[Edit] = [
+            Hook(self.new_rotary, "register_forward_pre_hook", TruePositions(hook, 1), {"with_kwargs": True})
+        ]
+        if self.model.config is not self.config:
+            outer = MaskedPositionIds(self.model)
+            edits.append(Hook(self.model, "register_forward_pre_hook", outer, {"with_kwargs": True}))
+        return edits
+
+    def unscaled_reference(self, scheme: Any) -> Dynamic | None:
+        taken_over = scheme.seam == "score" and self.native() == "rope"
+        return Dynamic(original_length=scheme.original_length) if taken_over else None
 
     def stateful_modules(self) -> list[nn.Module]:
         return [self.rotary]
@@ -181,17 +236,19 @@ class RotaryDecoder(Family):
 
     def _kept_when_off(self) -> list[str]:
         """The frequencies that stay in place: those of the layers that the score seam leaves alone."""
-        if not (self.nested and self._scoring):
+        if not (self.layer_type and self._scoring):
             return []
         return [name for name in frequency_names(self.rotary) if name != self.buffer]
 
     def _with(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """The config's rope parameters with those of the scaled layers replaced; what splits a head stays the model's own."""
-        if "partial_rotary_factor" in self.parameters:
-            parameters = {"partial_rotary_factor": self.parameters["partial_rotary_factor"]} | parameters
-        if not self.nested:
+        foreign = {key: value for key, value in self.parameters.items() if key not in SCALING_KEYS}
+        if foreign.keys() - {"partial_rotary_factor"} and "original_max_position_embeddings" in self.parameters:
+            foreign["original_max_position_embeddings"] = self.parameters["original_max_position_embeddings"]
+        parameters = foreign | parameters
+        if self.layer_type is None:
             return parameters
-        return copy.deepcopy(self.config.rope_parameters) | {FULL: parameters}
+        return copy.deepcopy(self.config.rope_parameters) | {self.layer_type: parameters}
 
     def _build(self, config: PreTrainedConfig) -> Any:
         """A new rotary module of the family's own class."""
@@ -204,16 +261,46 @@ class RotaryDecoder(Family):
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _swap(self, rotary: nn.Module) -> list[Edit]:
+    def _swap(self, rotary: Any) -> list[Edit]:
+        """The edit that puts the fixed `rotary` in, once its forward has shown that it goes by its frequencies."""
+        for name in frequency_names(rotary):
+            angles = 3 * getattr(rotary, name)
+            expected = (angles.cos() * getattr(rotary, scaling_name(name))).sort().values
+            found = self._cos(rotary, name, 3).sort().values
+            times = found.numel() // expected.numel()
+            if found.numel() % expected.numel() or not torch.allclose(
+                found, expected.repeat_interleave(times), atol=1e-5
+            ):
+                raise PatchError(
+                    f"{type(self.rotary).__name__} does not go by its frequencies alone; hfpos cannot put others into it"
+                )
         self.new_rotary = rotary
-        return [swap_module(self.decoder, self.rotary_name, rotary)]
+        return [RotarySwap(self.decoder, self.rotary_name, self.rotary, rotary, self.config)]
+
+    @torch.no_grad()
+    def _cos(self, rotary: Any, name: str, position: int) -> torch.Tensor:
+        """The cos that a rotary module on the CPU gives at one position, in its own layout: one dimension, float32."""
+        kind = [] if name == "inv_freq" else [name.removesuffix("_inv_freq")]
+        try:
+            table = rotary(torch.zeros(1, 1, 1), torch.tensor([[position]]), *kind)
+        except Exception as error:
+            raise PatchError(
+                f"{type(self.rotary).__name__} could not be tried out ({type(error).__name__}: {error}); hfpos cannot scale it"
+            ) from error
+        cos = table[0] if isinstance(table, tuple) else table.real if table.is_complex() else None
+        if cos is None:
+            raise PatchError(
+                f"{type(self.rotary).__name__} gives neither cos and sin nor complex numbers; hfpos cannot scale it"
+            )
+        return cos.flatten().float()
 
     def _check_unscaled(self, config: PreTrainedConfig, geometry: Geometry) -> None:
         unscaled = copy.deepcopy(config)
         unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": geometry.theta})
         found = getattr(self._build(unscaled), self.buffer).double()
         expected = inverse_frequencies(geometry.theta, geometry.rotary_dim)
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-5, atol=0):
+        # loosely, as inside DeepSpeed's `zero.Init` Transformers computes its frequencies in bfloat16
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.05, atol=0):
             raise PatchError(
                 f"the unscaled frequencies of {type(self.rotary).__name__} are not theta ** (-2 i / d) with theta={geometry.theta:g}, "
                 f"d={geometry.rotary_dim}; a scaling has no meaning for them"
@@ -222,20 +309,23 @@ class RotaryDecoder(Family):
     def _convention(self) -> str:
         """Whether the family's own rotation pairs halves or neighbours, found by rotating a random vector both ways."""
         apply = getattr(sys.modules[type(self.decoder).__module__], "apply_rotary_pos_emb", None)
-        dim = 2 * getattr(self.rotary, self.buffer).shape[-1]
-        angles = torch.arange(3.0)[:, None] * inverse_frequencies(100.0, dim).float()
+        rotary = self._build(self.config)
+        inv_freq, scale = getattr(rotary, self.buffer).float(), getattr(rotary, scaling_name(self.buffer))
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 1, 3, dim, generator=generator)
+        x = torch.randn(1, 1, 3, 2 * inv_freq.numel(), generator=generator)
+        positions = torch.arange(3)[None]
+        expected = cos_sin(positions, inv_freq, scale)
+        try:
+            table = rotary(x[0], positions, *([self.layer_type] if self.layer_type else []))
+            one_by_one = list(inspect.signature(apply).parameters)[1] == "cos"  # type: ignore[arg-type]
+            turned = apply(x, *table) if one_by_one else apply(x, x, *table)[0]  # type: ignore[misc]
+        except Exception as error:
+            raise PatchError(
+                f"the rotation of {type(self.model).__name__} cannot be taken over by the score seam ({error}); use a scheme of the "
+                "freq seam, e.g. cache='pinned' with a target_length"
+            ) from error
         for convention in CONVENTIONS:
-            table = torch.cat((angles, angles), -1) if convention == "half" else angles.repeat_interleave(2, -1)
-            try:
-                turned = apply(x, x, table.cos()[None], table.sin()[None])[0]  # type: ignore[misc]
-            except Exception as error:
-                raise PatchError(
-                    f"the rotation of {type(self.model).__name__} cannot be taken over by the score seam ({error}); use a scheme of the "
-                    "freq seam, e.g. cache='pinned' with a target_length"
-                ) from error
-            if torch.allclose(turned, rotate(x, angles.cos(), angles.sin(), convention), atol=1e-5):
+            if torch.allclose(turned, rotate(x, *expected, convention=convention), atol=1e-5):
                 return convention
         raise PatchError(
             f"{type(self.model).__name__} pairs the rotated dimensions neither by halves nor by neighbours; the score seam cannot take its "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hfpos.constant import Constant
+from hfpos.plan import Swap
 
 
 if TYPE_CHECKING:
@@ -71,3 +73,18 @@ def fix(rotary: Any, frequencies: dict[str, torch.Tensor], scales: dict[str, flo
                 setattr(rotary, buffer, constant.values.clone())
         setattr(rotary, scaling_name(name), scales[name])
     return rotary
+
+
+@dataclass
+class RotarySwap(Swap):
+    """Replaces a rotary module. Its buffers are in no checkpoint, so one that was on meta comes back with its buffers computed."""
+
+    config: Any = None
+
+    def undo(self) -> None:
+        super().undo()
+        if any(buffer.is_meta for buffer in self.old.buffers()):
+            with torch.device("cpu"):
+                computed = type(self.old)(self.config)
+            for name, buffer in computed.named_buffers():
+                setattr(self.old, name, buffer.to(getattr(self.new, name).device))

@@ -102,6 +102,9 @@ class Bloom(Family):
     def length_keys(self) -> tuple[str, ...]:
         return ("seq_length",)
 
+    def reaches_attention(self) -> bool:
+        return True  # once it is patched
+
     def backend(self) -> str | None:
         stock = super().backend()
         return "sdpa" if stock == "eager" else stock  # eager is all that the stock model has; here it need not be
@@ -127,9 +130,7 @@ class Bloom(Family):
             ]
         return edits
 
-    def rotary_edits(
-        self, scheme: Rope, geometry: Geometry, config: PreTrainedConfig
-    ) -> tuple[list[Edit], bool, dict]:
+    def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         return self.positions_off(config), False, {"rotation": PositionTables(scheme, geometry)}
 
     def layer_edits(self, hook: PositionHook) -> list[Edit]:

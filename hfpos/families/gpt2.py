@@ -12,7 +12,7 @@ from transformers.models.gpt2 import modeling_gpt2
 
 from hfpos.constant import Constant
 from hfpos.families._family import Family
-from hfpos.plan import Attribute, Hook, Swap, swap_class, swap_module
+from hfpos.plan import Hook, Swap, freeze, swap_class
 from hfpos.positions import PositionHook, TruePositions
 from hfpos.rotation import cos_sin, rotate
 from hfpos.scheme import Geometry, PatchError, Rope
@@ -40,16 +40,12 @@ class PositionTables:
         return cos_sin(positions, self.inv_freq.on(positions.device), self.scale)
 
 
-class NoPositions(nn.Module):
-    """Stands where a position table stood and adds nothing; keeps the table's weights under their name, so that they are saved."""
+class NoPositions(nn.Embedding):
+    """A position table that adds nothing; it keeps its weights, so that they are saved."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """A zero without dimensions: it broadcasts, and leaves the dtype of what it is added to as it is."""
-        return torch.zeros((), device=position_ids.device)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A zero without dimensions: it broadcasts, and leaves dtype and device of what it is added to as they are."""
+        return torch.zeros(())
 
 
 class GPT2Attention(modeling_gpt2.GPT2Attention):
@@ -118,16 +114,16 @@ class GPT2(Family):
         return [last * i // 7 for i in range(8)]
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
-        weight = self.decoder.wpe.weight
-        return [
-            swap_module(self.decoder, "wpe", NoPositions(weight)),
-            # an optimizer or DDP would trip over a trainable weight that takes no part
-            Attribute(weight, "requires_grad", weight.requires_grad, False),
-        ]
+        table = self.decoder.wpe
+        if not isinstance(table, nn.Embedding):
+            raise PatchError(
+                f"the position table is a {type(table).__name__}, which cannot be switched off; expected an nn.Embedding: patch the model "
+                "before anything wraps its table"
+            )
+        # an optimizer or DDP would trip over a trainable weight that takes no part
+        return [swap_class(table, NoPositions), freeze(table)]
 
-    def rotary_edits(
-        self, scheme: Rope, geometry: Geometry, config: PreTrainedConfig
-    ) -> tuple[list[Edit], bool, dict]:
+    def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         edits = self.positions_off(config)
         for block in self.decoder.h:
             if block.attn.reorder_and_upcast_attn:
@@ -143,8 +139,10 @@ class GPT2(Family):
             raise PatchError(
                 f"the position table is a {type(table).__name__}, which cannot be resized; expected a plain nn.Embedding"
             )
-        if table.weight.is_meta and hasattr(self.model, "hf_device_map"):
-            raise PatchError("the position table is offloaded; resize it on a model that is loaded in memory")
+        if table.weight.is_meta:
+            raise PatchError(
+                "the position table has no weights yet, or they are offloaded; there is nothing to resize: load them first, in memory"
+            )
         weight = nn.Parameter(scheme.resize(table.weight.detach()), requires_grad=table.weight.requires_grad)
         resized = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
         self.resized = resized

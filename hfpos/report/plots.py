@@ -33,7 +33,7 @@ def plot_perplexity(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, (label, curve) in enumerate(curves.items()):
@@ -63,7 +63,7 @@ def plot_perplexity(
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.set_yscale("log", base=2)
-    axes.set_ylim(smallest / 1.1, largest * 1.1)
+    axes.set_ylim(smallest / 1.1, largest * 1.25)  # room for the label of the trained length
     ticks = _ticks(smallest, largest)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -71,7 +71,7 @@ def plot_perplexity(
     axes.set_ylabel("perplexity on held-out text (lower is better)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 

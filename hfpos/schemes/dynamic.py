@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hfpos.constant import exact
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry
 from hfpos.schemes._length_aware import LengthAwareRope
@@ -32,7 +33,7 @@ class Dynamic(LengthAwareRope):
         original, dim, factor = self.resolved_original(geometry), geometry.rotary_dim, self.resolved_factor(geometry)
         alpha = (factor * lengths.double() / original - (factor - 1)).clamp(min=1.0)
         # inv_freq_i = (theta * alpha^(d/(d-2)))^(-2i/d), written as the unscaled one times a power of alpha
-        pair = torch.tensor([-2 * i / (dim - 2) for i in range(dim // 2)], dtype=torch.float64, device=lengths.device)
+        pair = exact([-2 * i / (dim - 2) for i in range(dim // 2)]).to(lengths.device)
         unscaled = inverse_frequencies(geometry.theta, dim).to(lengths.device)
         return unscaled * alpha[..., None] ** pair, torch.ones_like(alpha)
 

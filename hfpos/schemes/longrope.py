@@ -71,7 +71,7 @@ class LongRope(LengthAwareRope):
         unscaled = inverse_frequencies(geometry.theta, geometry.rotary_dim).to(lengths.device)
         short, long = (unscaled / unscaled.new_tensor(divisors) for divisors in (self.short_factor, self.long_factor))
         is_long = (lengths > self.resolved_original(geometry))[..., None]
-        scale = torch.full(lengths.shape, self.attention_scale(geometry), dtype=torch.float64, device=lengths.device)
+        scale = torch.ones_like(lengths, dtype=torch.float64) * self.attention_scale(geometry)
         return torch.where(is_long, long, short), scale
 
     def few_sets(self, geometry: Geometry) -> tuple[torch.Tensor, ...] | None:

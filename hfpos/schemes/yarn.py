@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hfpos.constant import exact
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, RopeScaling, require_number
 
@@ -35,7 +36,7 @@ def ramp(geometry: Geometry, original_length: int, beta_fast: float, beta_slow: 
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # the authors' guard against a division by zero
-    return torch.tensor([min(max((i - low) / (high - low), 0.0), 1.0) for i in range(dim // 2)], dtype=torch.float64)
+    return exact([min(max((i - low) / (high - low), 0.0), 1.0) for i in range(dim // 2)])
 
 
 def blend(geometry: Geometry, factor: float, interpolated: torch.Tensor) -> torch.Tensor:
