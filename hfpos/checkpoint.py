@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,18 +60,16 @@ def from_pretrained(path: str | os.PathLike, *, base_model: Any = None, **kwargs
     values = _read_json(path, "config.json", hub)
     if values is None:
         raise PatchError(
-            f"{path} holds neither config.json nor adapter_config.json; expected a folder or hub name of a saved model"
+            f"{path} holds neither config.json nor adapter_config.json; expected the folder of a saved model, or a hub name that can be reached"
         )
-    block = values.get(BLOCK)
-    if block is None:
-        return _load_weights(transformers.AutoModelForCausalLM, path, kwargs)
-    scheme = _scheme(path, block)
-    base = base_values(values)
-    config = _config(path, base)
-    names = base.get("architectures") or []
+    names = values.get("architectures") or []
     model_class = getattr(transformers, names[0], None) if names else None
-    model = _load_weights(model_class or transformers.AutoModelForCausalLM, path, kwargs | {"config": config})
-    return patch(model, scheme, prove=False)
+    model_class = model_class or transformers.AutoModelForCausalLM
+    if BLOCK not in values:
+        return _load_weights(model_class, path, kwargs)
+    scheme = _scheme(path, values[BLOCK])
+    config = _config(path, base_values(values))
+    return patch(_load_weights(model_class, path, kwargs | {"config": config}), scheme, prove=False)
 
 
 def load_skeleton(path: str | os.PathLike) -> Any:
@@ -93,14 +92,14 @@ def load_skeleton(path: str | os.PathLike) -> Any:
         raise PatchError(
             f"{path} holds neither config.json nor adapter_config.json; expected the folder of a saved model, or a hub name that can be reached"
         )
-    block = values.get(BLOCK)
-    config = _config(path, values if block is None else base_values(values))
+    scheme = _scheme(path, values[BLOCK]) if BLOCK in values else None
+    config = _config(path, values if scheme is None else base_values(values))
     with init_empty_weights():
         try:
             model = transformers.AutoModelForCausalLM.from_config(config)
         except Exception as error:
             raise PatchError(f"the config in {path} does not make a model: {type(error).__name__}: {error}") from error
-    return model if block is None else patch(model, _scheme(path, block), prove=False)
+    return model if scheme is None else patch(model, scheme, prove=False)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Any:
@@ -132,7 +131,10 @@ def _load_adapter(path: str | os.PathLike, adapter: dict[str, Any], base_model: 
                 f"the adapter in {path} was trained under {scheme}, its base model has {record.scheme}; unpatch the base, or train the "
                 "adapter under that scheme"
             )
-    return PeftModel.from_pretrained(base, path)
+    with warnings.catch_warnings():
+        # PEFT does not know our block in its config, and would recommend to upgrade PEFT
+        warnings.filterwarnings("ignore", message=r"Unexpected keyword arguments \['hfpos'\]")
+        return PeftModel.from_pretrained(base, path)
 
 
 def _read_json(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
@@ -158,7 +160,8 @@ def _read_json(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[
 
 
 def _scheme(path: str | os.PathLike, block: Any) -> Scheme:
-    if not isinstance(block, dict) or not {"scheme", "parameters", "base"} <= block.keys():
+    expected = {"scheme": str, "parameters": dict, "base": dict}
+    if not isinstance(block, dict) or not all(isinstance(block.get(key), kind) for key, kind in expected.items()):
         raise PatchError(f"the {BLOCK!r} block of {path} is damaged: {block!r}; expected scheme, parameters and base")
     return REGISTRY[block["scheme"]].create(**block["parameters"])
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
 
 from hfpos.plan import Attribute, set_attribute
 from hfpos.scheme import PatchError
@@ -16,27 +19,29 @@ if TYPE_CHECKING:
     import os
 
     from torch import nn
-    from transformers import PreTrainedConfig
 
 BLOCK = "hfpos"  # the key of config.json, and of adapter_config.json, that says which scheme the weights need
 
-MARKS = {"model_type": "hfpos", "dtype": "hfpos_from_pretrained"}
+GUARD = "hfpos"  # stands for the model type, so that `AutoConfig` and `AutoModel` stop
+HINT = "load with hfpos.from_pretrained"  # stands for a number, so that the model's own class stops
+OWN = "own_"  # before the keys under which the block keeps what the two stand for
 
 
 class _GuardedConfig:
     """Writes a config.json that only hfpos loads.
 
-    A model whose scheme Transformers does not have would load as the plain base model, without a word. Written with a model type
-    that stops `AutoModel` and a dtype that stops the model's own class, it fails instead, and the error names hfpos. In memory the
-    config is what it was.
+    A model whose scheme Transformers does not have would load as the plain base model, without a word. With a model type that
+    stops `AutoModel`, and text in the place of a number that stops the model's own class, it fails instead, and the error names
+    hfpos. `AutoTokenizer` falls back on the class that all configs share, which looks at neither. In memory the config is what it was.
     """
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Save with the marks that stop a stock loader."""
         values = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        marks = {"model_type": GUARD, _whole_number(type(self)): HINT}
         # a key "model_type" inside the block would make Transformers take the block for the model's own config
-        values[BLOCK] |= {f"own_{key}": values.get(key) for key in MARKS}
-        values |= MARKS
+        values[BLOCK] |= {OWN + key: values.get(key) for key in marks}
+        values |= marks
         Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
@@ -47,6 +52,13 @@ class _GuardedConfig:
 
     def __reduce__(self) -> tuple:
         return _restore, (type(self).__mro__[2], self.__dict__)
+
+
+def _whole_number(config_class: Any) -> str:
+    """The first field of a config class that is a whole number and that the class which all configs share does not look at."""
+    shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    whole = [field.name for field in dataclasses.fields(config_class) if field.type in (int, int | None)]
+    return next(name for name in whole if name not in shared and not name.endswith(("vocab_size", "_layers", "_token_id")))
 
 
 @functools.cache
@@ -70,8 +82,8 @@ def guard(config: PreTrainedConfig) -> None:
 def base_values(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a saved config.json as the unpatched model's config had them."""
     block = values[BLOCK]
-    own = {key: block[f"own_{key}"] for key in MARKS if f"own_{key}" in block}
-    return {key: value for key, value in values.items() if key != BLOCK} | block["base"] | own
+    own = {key.removeprefix(OWN): value for key, value in block.items() if key.startswith(OWN)}
+    return {key: value for key, value in values.items() if key != BLOCK} | own | block["base"]
 
 
 def own_copy(root: nn.Module, config: Any, part: Any) -> tuple[Any, Any, list[Attribute]]:

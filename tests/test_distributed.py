@@ -42,29 +42,22 @@ def rank_main(folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the ranks left their results."""
-    path = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __name__, str(path)]
+def test_two_processes_are_one(tmp_path):
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __name__, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, *run], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return path
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_two_processes_are_one(name, folder):
-    model = PAIRS[name].model().train()
-    losses = [loss_of(model, rank) for rank in (0, 1)]
-    (sum(losses) / 2).backward()
-    expected = {key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None}
-    for rank in (0, 1):
-        loss, gradients = torch.load(folder / f"{name}-{rank}.pt")
-        assert loss == pytest.approx(losses[rank].item(), rel=1e-6)
-        assert gradients.keys() == expected.keys()
-        for key, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
+    for name, pair in PAIRS.items():
+        model = pair.model().train()
+        losses = [loss_of(model, rank) for rank in (0, 1)]
+        (sum(losses) / 2).backward()
+        expected = {key: weight.grad for key, weight in model.named_parameters() if weight.grad is not None}
+        for rank in (0, 1):
+            loss, gradients = torch.load(tmp_path / f"{name}-{rank}.pt")
+            assert loss == pytest.approx(losses[rank].item(), rel=1e-6)
+            assert gradients.keys() == expected.keys()
+            for key, gradient in gradients.items():
+                torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class BaseRecipe:
     layers: int = 3
     head_dim: int = 32
     context: int = 128
-    steps: int = 1800
+    steps: int = 1500
     learning_rate: float = 3e-3
 
 

@@ -148,6 +148,7 @@ class RotaryDecoder(Family):
         unscaled = copy.deepcopy(config)
         unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": self.parameters["rope_theta"]})
         rotary = self._build(unscaled)
+        rotary.config = config  # by which it is known as the decoder's own
         keep = self._kept_when_off()
         names = [name for name in frequency_names(rotary) if name not in keep]
         still = {name: torch.zeros_like(getattr(rotary, name)) for name in names}

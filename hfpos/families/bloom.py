@@ -50,8 +50,11 @@ class BloomAttention(modeling_bloom.BloomAttention):
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         backend = self.config._attn_implementation
-        if backend.startswith(PREFIX):
+        prefix = PREFIX if backend.startswith(PREFIX) else ""
+        if prefix:
             kwargs["hfpos"] = alibi
+        if output_attentions:  # which BLOOM always could, and which there is no way to ask another implementation for
+            backend = f"{prefix}eager"
         dropout = self.attention_dropout.p if self.training else 0.0
         output, weights = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention)(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.inv_norm_factor, **kwargs

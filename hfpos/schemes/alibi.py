@@ -77,8 +77,8 @@ class Alibi(Scheme):
         """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of `slopes` (H,).
 
         >>> positions = torch.arange(3)[None]
-        >>> Alibi().bias(positions, positions, torch.tensor([0.5]))[0, 0, 2]
-        tensor([-1.0000, -0.5000, 0.0000])
+        >>> Alibi().bias(positions, positions, torch.tensor([0.5]))[0, 0, 2].tolist()
+        [-1.0, -0.5, -0.0]
         """
         distance = q_positions[:, None, :, None] - k_positions[:, None, None, :]
         if self.bidirectional:
