@@ -6,7 +6,7 @@ EXTRAS := test,plot,peft
 .PHONY: demo test test-slow check style bench matrix
 
 demo: .venv/.ready  ## train, patch and measure a small model on real text
-	$(BIN)/hfpos demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hfpos demo  # threads that wait must not take the cores from whatever else runs
 
 test: .venv/.ready  ## everything that needs neither a GPU nor minutes
 	$(BIN)/pytest -n auto -m "not slow and not gpu"

@@ -98,7 +98,7 @@ def load_skeleton(path: str | os.PathLike) -> Any:
         try:
             model = transformers.AutoModelForCausalLM.from_config(config)
         except Exception as error:
-            raise PatchError(f"the config in {path} does not make a model: {type(error).__name__}: {error}") from error
+            raise PatchError(f"the config in {path} does not make a model: {_cause(error)}") from error
     return model if scheme is None else patch(model, scheme, prove=False)
 
 
@@ -177,7 +177,7 @@ def _load_weights(model_class: Any, path: str | os.PathLike, kwargs: dict[str, A
     try:
         model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except Exception as error:
-        raise PatchError(f"cannot load the weights in {path}: {type(error).__name__}: {error}") from error
+        raise PatchError(f"cannot load the weights in {path}: {_cause(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
@@ -185,3 +185,9 @@ def _load_weights(model_class: Any, path: str | os.PathLike, kwargs: dict[str, A
             f"the checkpoint in {path} lacks {len(missing)} weights ({shown}); they would be random. It is incomplete"
         )
     return model
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong inside Transformers; a bare `KeyError` there is a name it looked up, of a rope_type or an activation."""
+    known = f"its config names {error}, which this version of Transformers does not have"
+    return known if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"

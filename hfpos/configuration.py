@@ -39,8 +39,12 @@ class _GuardedConfig:
         """Save with the marks that stop a stock loader."""
         values = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         marks = {"model_type": GUARD, _whole_number(type(self)): HINT}
+        decoder = self.get_text_config(decoder=True)  # type: ignore[attr-defined]
+        if decoder is not self:  # the decoder's class would find its config inside this one
+            name = part_name(self, decoder)
+            marks[name] = values[name] | {_whole_number(type(decoder)): HINT}
         # a key "model_type" inside the block would make Transformers take the block for the model's own config
-        values[BLOCK] |= {OWN + key: values.get(key) for key in marks}
+        values[BLOCK] |= {OWN + key: values[key] for key in marks if key in values}
         values |= marks
         Path(json_file_path).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -58,7 +62,9 @@ def _whole_number(config_class: Any) -> str:
     """The first field of a config class that is a whole number and that the class which all configs share does not look at."""
     shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     whole = [field.name for field in dataclasses.fields(config_class) if field.type in (int, int | None)]
-    return next(name for name in whole if name not in shared and not name.endswith(("vocab_size", "_layers", "_token_id")))
+    return next(
+        name for name in whole if name not in shared and not name.endswith(("vocab_size", "_layers", "_token_id"))
+    )
 
 
 @functools.cache
@@ -83,7 +89,7 @@ def base_values(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a saved config.json as the unpatched model's config had them."""
     block = values[BLOCK]
     own = {key.removeprefix(OWN): value for key, value in block.items() if key.startswith(OWN)}
-    return {key: value for key, value in values.items() if key != BLOCK} | own | block["base"]
+    return {key: value for key, value in values.items() if key != BLOCK and value != HINT} | own | block["base"]
 
 
 def own_copy(root: nn.Module, config: Any, part: Any) -> tuple[Any, Any, list[Attribute]]:
@@ -110,6 +116,11 @@ def own_copy(root: nn.Module, config: Any, part: Any) -> tuple[Any, Any, list[At
     return copies[id(config)], copies[id(part)], edits
 
 
+def part_name(config: Any, part: Any) -> str:
+    """The attribute of a composite `config` that holds `part`."""
+    return next(name for name in config.sub_configs if getattr(config, name, None) is part)
+
+
 def reloads_equal(config: Any, part: Any) -> bool:
     """Whether the rope parameters of `part` are still the same after `config` has been saved and read again.
 
@@ -119,10 +130,7 @@ def reloads_equal(config: Any, part: Any) -> bool:
         again = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
     except Exception:
         return False
-    name = next(
-        (name for name in getattr(config, "sub_configs", None) or {} if getattr(config, name, None) is part), None
-    )
-    again = again if name is None else getattr(again, name)
+    again = again if part is config else getattr(again, part_name(config, part))
     written = json.loads(json.dumps(part.rope_parameters))
     return json.loads(json.dumps(again.rope_parameters)) == written
 

@@ -90,7 +90,9 @@ def test_a_second_scheme_of_the_same_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hfpos.schemes, "__path__", [*hfpos.schemes.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     before = hfpos.schemes()
-    with pytest.raises(hfpos.PatchError, match=r"scheme 'yarn' is defined twice: hfpos\.schemes\.yarn and hfpos\.schemes\.impostor"):
+    with pytest.raises(
+        hfpos.PatchError, match=r"scheme 'yarn' is defined twice: hfpos\.schemes\.yarn and hfpos\.schemes\.impostor"
+    ):
         hfpos.schemes.REGISTRY.discover("hfpos.schemes", Scheme)
     del sys.modules["hfpos.schemes.impostor"]
     del hfpos.schemes.impostor

@@ -15,46 +15,136 @@ LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 CASES = [
     # names
     ("llama", "yarm", {"factor": 4}, "unknown scheme 'yarm': did you mean 'yarn'? Available: abf, alibi"),
-    ("llama", "yarn", {"fctor": 4}, "'yarn' has no parameter 'fctor': did you mean 'factor'? Available: attention_factor"),
-    ("llama", "yarn", {"factor": 4, "attn_factor": 1}, "'yarn' has no parameter 'attn_factor': did you mean 'attention_factor'?"),
+    (
+        "llama",
+        "yarn",
+        {"fctor": 4},
+        "'yarn' has no parameter 'fctor': did you mean 'factor'? Available: attention_factor",
+    ),
+    (
+        "llama",
+        "yarn",
+        {"factor": 4, "attn_factor": 1},
+        "'yarn' has no parameter 'attn_factor': did you mean 'attention_factor'?",
+    ),
     ("llama", "nope", {"factor": 4}, "'nope' has no parameter 'factor': 'nope' takes no parameters"),
     ("gpt2", "learned", {}, "'learned' needs target_length, which was not given"),
     ("llama", "longrope", {"factor": 4}, "'longrope' needs short_factor and long_factor, which were not given"),
     # numbers
     *(
-        ("llama", scheme, {"factor": factor}, f"{scheme}: factor={factor!r} is not usable; expected a finite number > 0")
+        (
+            "llama",
+            scheme,
+            {"factor": factor},
+            f"{scheme}: factor={factor!r} is not usable; expected a finite number > 0",
+        )
         for scheme in ("linear", "yarn", "alibi")
         for factor in (0, -2, math.nan, math.inf, "4", True, [4], 1 + 1j)
     ),
     ("llama", "yarn", {"factor": 0.5}, "yarn: factor=0.5 is not usable; expected a finite number >= 1"),
     ("llama", "yarn", {"target_length": 0}, "target_length=0 is not usable; expected a whole number of tokens >= 1"),
-    ("llama", "yarn", {"target_length": 128.0}, "target_length=128.0 is not usable; expected a whole number of tokens >= 1"),
-    ("llama", "yarn", {"target_length": 16}, "target_length=16 is shorter than the original length 32; a scaling extends the context"),
-    ("llama", "yarn", {"factor": 4, "original_length": -1}, "original_length=-1 is not usable; expected a whole number"),
-    ("llama", "yarn", {"factor": 4, "beta_fast": 1, "beta_slow": 2}, "yarn: beta_fast=1 is below beta_slow=2; beta_fast counts"),
+    (
+        "llama",
+        "yarn",
+        {"target_length": 128.0},
+        "target_length=128.0 is not usable; expected a whole number of tokens >= 1",
+    ),
+    (
+        "llama",
+        "yarn",
+        {"target_length": 16},
+        "target_length=16 is shorter than the original length 32; a scaling extends the context",
+    ),
+    (
+        "llama",
+        "yarn",
+        {"factor": 4, "original_length": -1},
+        "original_length=-1 is not usable; expected a whole number",
+    ),
+    (
+        "llama",
+        "yarn",
+        {"factor": 4, "beta_fast": 1, "beta_slow": 2},
+        "yarn: beta_fast=1 is below beta_slow=2; beta_fast counts",
+    ),
     ("llama", "yarn", {"factor": 4, "beta_slow": 0}, "yarn: beta_slow=0 is not usable; expected a finite number > 0"),
     ("llama", "yarn", {"factor": 4, "truncate": "no"}, "yarn: truncate='no' is not usable; expected True or False"),
-    ("llama", "yarn", {"factor": 4, "mscale": 1.0}, "mscale=1.0 and mscale_all_dim=None take effect only together; give both"),
+    (
+        "llama",
+        "yarn",
+        {"factor": 4, "mscale": 1.0},
+        "mscale=1.0 and mscale_all_dim=None take effect only together; give both",
+    ),
     ("llama", "yarn", {"factor": 4, "attention_factor": 0}, "yarn: attention_factor=0 is not usable"),
-    ("llama", "llama3", {"factor": 4, "low_freq_factor": 4}, "llama3: high_freq_factor=4.0 must be above low_freq_factor=4"),
+    (
+        "llama",
+        "llama3",
+        {"factor": 4, "low_freq_factor": 4},
+        "llama3: high_freq_factor=4.0 must be above low_freq_factor=4",
+    ),
     ("llama", "abf", {"theta": 1}, "abf: theta=1 is not usable; expected a finite number > 1"),
     ("llama", "rope", {"theta": -1}, "rope: theta=-1 is not usable; expected a finite number > 1"),
     ("llama", "partial", {"fraction": 1.5}, "partial: fraction=1.5 is not usable; expected a number in (0, 1]"),
-    ("llama", "partial", {"fraction": 0.01}, "of 16 rotary dimensions leaves no pair to rotate; raise it, or use 'nope'"),
-    ("llama", "dynamic", {"factor": 4, "cache": "exakt"}, "dynamic: cache='exakt' is unknown: did you mean 'exact'? Available: exact, pinned"),
-    ("llama", "longrope", {**LONG, "factor": 4, "long_factor": [1.0] * 7}, "longrope: long_factor has 7 entries, the model has 8 frequencies"),
+    (
+        "llama",
+        "partial",
+        {"fraction": 0.01},
+        "of 16 rotary dimensions leaves no pair to rotate; raise it, or use 'nope'",
+    ),
+    (
+        "llama",
+        "dynamic",
+        {"factor": 4, "cache": "exakt"},
+        "dynamic: cache='exakt' is unknown: did you mean 'exact'? Available: exact, pinned",
+    ),
+    (
+        "llama",
+        "longrope",
+        {**LONG, "factor": 4, "long_factor": [1.0] * 7},
+        "longrope: long_factor has 7 entries, the model has 8 frequencies",
+    ),
     ("llama", "longrope", {**LONG, "factor": 4, "long_factor": [0.0] * 8}, "longrope: long_factor=0.0 is not usable"),
     ("llama", "alibi", {"slopes": [0.5]}, "alibi: 1 slopes were given, the model has 4 attention heads"),
-    ("llama", "alibi", {"slopes": [0.5, 0.4, 0.3, math.nan]}, "alibi: slopes=nan is not usable; expected a finite number >= 0"),
-    ("gpt2", "learned", {"target_length": 64, "init": "copi"}, "learned: init='copi' is unknown: did you mean 'copy'?"),
+    (
+        "llama",
+        "alibi",
+        {"slopes": [0.5, 0.4, 0.3, math.nan]},
+        "alibi: slopes=nan is not usable; expected a finite number >= 0",
+    ),
+    (
+        "gpt2",
+        "learned",
+        {"target_length": 64, "init": "copi"},
+        "learned: init='copi' is unknown: did you mean 'copy'?",
+    ),
     # lengths
-    ("llama", "yarn", {"factor": 4, "target_length": 128}, "both factor=4 and target_length=128 were given; give one of them"),
+    (
+        "llama",
+        "yarn",
+        {"factor": 4, "target_length": 128},
+        "both factor=4 and target_length=128 were given; give one of them",
+    ),
     ("llama", "yarn", {}, "how far to extend is not given; pass factor= (e.g. 4) or target_length= (tokens)"),
-    ("llama", "yarn", {"factor": 4, "original_length": 64}, "original_length=64 conflicts with max_position_embeddings=32 of the model's config"),
+    (
+        "llama",
+        "yarn",
+        {"factor": 4, "original_length": 64},
+        "original_length=64 conflicts with max_position_embeddings=32 of the model's config",
+    ),
     ("bloom", "yarn", {"factor": 4}, "the model's config does not state a context length; pass original_length="),
     # pairs of scheme and model that make no sense
-    ("llama", "learned", {"target_length": 64}, "resizes a learned table of positions; rotary (LlamaForCausalLM) has none. Models with one: gpt2"),
-    ("bloom", "learned", {"target_length": 64}, "resizes a learned table of positions; bloom (BloomForCausalLM) has none"),
+    (
+        "llama",
+        "learned",
+        {"target_length": 64},
+        "resizes a learned table of positions; rotary (LlamaForCausalLM) has none. Models with one: gpt2",
+    ),
+    (
+        "bloom",
+        "learned",
+        {"target_length": 64},
+        "resizes a learned table of positions; bloom (BloomForCausalLM) has none",
+    ),
 ]
 
 
@@ -88,7 +178,11 @@ def test_scheme_that_is_none():
     for scheme, parameters, message in (
         (None, {}, "scheme is a NoneType; expected a name such as 'yarn' or a scheme object"),
         (hfpos.schemes.Yarn, {"factor": 4}, "scheme is a type; expected a name such as 'yarn' or a scheme object"),
-        (hfpos.schemes.Yarn(factor=4), {"factor": 8}, r"yarn\(factor=4\) was given as an object and factor beside it; put"),
+        (
+            hfpos.schemes.Yarn(factor=4),
+            {"factor": 8},
+            r"yarn\(factor=4\) was given as an object and factor beside it; put",
+        ),
     ):
         with pytest.raises(hfpos.PatchError, match=message):
             hfpos.patch(model, scheme, **parameters)
@@ -146,7 +240,10 @@ def test_config_of_an_unknown_rope_type():
     model.config.rope_parameters["rope_type"] = "yaarn"
     before = State(model)
     for scheme, parameters in (("yarn", {"factor": 4}), ("alibi", {}), ("nope", {})):
-        with pytest.raises(hfpos.PatchError, match="rope_type 'yaarn' is unknown to Transformers; expected one of default, dynamic, .*correct"):
+        with pytest.raises(
+            hfpos.PatchError,
+            match="rope_type 'yaarn' is unknown to Transformers; expected one of default, dynamic, .*correct",
+        ):
             hfpos.patch(model, scheme, **parameters)
     assert State(model).differences(before) == []
 
@@ -155,7 +252,9 @@ def test_config_without_theta():
     model = unpatched("llama")
     del model.config.rope_parameters["rope_theta"]
     before = State(model)
-    with pytest.raises(hfpos.PatchError, match=r"have no rope_theta: \{'rope_type': 'default'\}; set it before the model is built"):
+    with pytest.raises(
+        hfpos.PatchError, match=r"have no rope_theta: \{'rope_type': 'default'\}; set it before the model is built"
+    ):
         hfpos.patch(model, "yarn", factor=4)
     assert State(model).differences(before) == []
 
@@ -167,20 +266,27 @@ def test_models_that_fit_no_family():
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16)
     model = transformers.T5ForConditionalGeneration(config)
     before = structure(model)
-    with pytest.raises(hfpos.PatchError, match=r"T5ForConditionalGeneration fits no family \(.*bloom: .*rotary: it has no rotary"):
+    with pytest.raises(
+        hfpos.PatchError, match=r"T5ForConditionalGeneration fits no family \(.*bloom: .*rotary: it has no rotary"
+    ):
         hfpos.patch(model, "yarn", factor=4)
     assert structure(model) == before
 
 
 def test_things_that_are_no_model():
     for thing in (torch.nn.Linear(2, 2), "llama", None):
-        with pytest.raises(hfpos.PatchError, match=f"found no Transformers model in {type(thing).__name__}; expected a PreTrainedModel"):
+        with pytest.raises(
+            hfpos.PatchError,
+            match=f"found no Transformers model in {type(thing).__name__}; expected a PreTrainedModel",
+        ):
             hfpos.patch(thing, "nope")
 
 
 def test_unpatching_what_is_not_patched():
     model = unpatched("llama")
-    with pytest.raises(hfpos.PatchError, match=r"LlamaForCausalLM is not patched, there is nothing to take out; hfpos\.describe"):
+    with pytest.raises(
+        hfpos.PatchError, match=r"LlamaForCausalLM is not patched, there is nothing to take out; hfpos\.describe"
+    ):
         hfpos.unpatch(model)
 
 
@@ -189,7 +295,10 @@ def test_attention_that_cannot_carry_a_bias():
     model.config._attn_implementation = "flex_attention"
     before = structure(model)
     for scheme in ("alibi", "dynamic"):
-        with pytest.raises(hfpos.PatchError, match=r"implementation 'flex_attention' cannot carry this scheme; .*set_attn_implementation"):
+        with pytest.raises(
+            hfpos.PatchError,
+            match=r"implementation 'flex_attention' cannot carry this scheme; .*set_attn_implementation",
+        ):
             hfpos.patch(model, scheme)
     assert structure(model) == before
     hfpos.patch(model, "nope", prove=False)  # which needs nothing of it
@@ -210,7 +319,11 @@ class QuantisedEmbedding(torch.nn.Module):
 @pytest.mark.parametrize(
     ("scheme", "parameters", "message"),
     [
-        ("learned", {"target_length": 64}, "position table is a QuantisedEmbedding, which cannot be resized; expected a plain nn.Embedding"),
+        (
+            "learned",
+            {"target_length": 64},
+            "position table is a QuantisedEmbedding, which cannot be resized; expected a plain nn.Embedding",
+        ),
         ("rope", {}, "position table is a QuantisedEmbedding, which cannot be switched off; expected an nn.Embedding"),
         ("nope", {}, "position table is a QuantisedEmbedding, which cannot be switched off; expected an nn.Embedding"),
     ],
@@ -236,7 +349,9 @@ class QuantisedLinear(torch.nn.Module):
         return x @ (self.quantised.to(x.dtype) * self.scale).T
 
 
-@pytest.mark.parametrize("pair", [Pair("llama", "yarn", {"factor": 4}), Pair("llama", "dynamic"), Pair("llama", "alibi")], ids=str)
+@pytest.mark.parametrize(
+    "pair", [Pair("llama", "yarn", {"factor": 4}), Pair("llama", "dynamic"), Pair("llama", "alibi")], ids=str
+)
 def test_quantised_model_where_it_can_work(pair):
     model = pair.unpatched()
     for layer in model.model.layers:
@@ -252,8 +367,16 @@ def test_quantised_model_where_it_can_work(pair):
 @pytest.mark.parametrize(
     ("settings", "scheme", "message"),
     [
-        ({"reorder_and_upcast_attn": True}, "rope", "GPT-2 with reorder_and_upcast_attn=True computes attention in its own way"),
-        ({"slow_but_exact": True, "pretraining_tp": 2}, "alibi", "BLOOM with slow_but_exact=True sums its projections in slices"),
+        (
+            {"reorder_and_upcast_attn": True},
+            "rope",
+            "GPT-2 with reorder_and_upcast_attn=True computes attention in its own way",
+        ),
+        (
+            {"slow_but_exact": True, "pretraining_tp": 2},
+            "alibi",
+            "BLOOM with slow_but_exact=True sums its projections in slices",
+        ),
     ],
 )
 def test_settings_that_stand_in_the_way(settings, scheme, message):

@@ -4,14 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 import hfpos
+from hfpos.checkpoint import load_skeleton, load_tokenizer
 from tests.pairs import PAIRS, Pair, tokens, unpatched
 from tests.state import logits
 
@@ -32,7 +33,9 @@ SAVED = [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", "bloom",
 ]
 # of those that only hfpos loads, enough for the one process without it
 SEEN_BY_STOCK = [
-    pair for pair in SAVED if pair.model_type not in ("gpt2", "bloom") or pair.scheme in ("yarn", "alibi", "nope", "learned")
+    pair
+    for pair in SAVED
+    if pair.model_type not in ("gpt2", "bloom") or pair.scheme in ("yarn", "alibi", "nope", "learned")
 ]
 STATIC = {"rope", "linear", "ntk", "ntk_by_parts", "yarn", "llama3", "abf", "partial"}
 LENGTH = 60
@@ -134,7 +137,9 @@ def test_hfpos_loads_it_equal(pair, tmp_path):
     assert not hasattr(again.config, "hfpos")
     ignored = ("_name_or_path", "architectures", "dtype")
     base, saved = stock.config.to_dict(), again.config.to_dict()
-    assert {key: saved[key] for key in saved if key not in ignored} == {key: base[key] for key in base if key not in ignored}
+    assert {key: saved[key] for key in saved if key not in ignored} == {
+        key: base[key] for key in base if key not in ignored
+    }
 
 
 WAYS = [
@@ -324,10 +329,15 @@ def test_no_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["{", "", "[1]", "null", "\x00"])
 def test_config_that_is_not_one(folder, text):
     (folder / "config.json").write_text(text)
-    refused(folder, r"config\.json (is not readable as JSON|holds a (list|NoneType), expected an object).*the checkpoint is damaged")
+    refused(
+        folder,
+        r"config\.json (is not readable as JSON|holds a (list|NoneType), expected an object).*the checkpoint is damaged",
+    )
 
 
-@pytest.mark.parametrize("block", [None, 1, "dynamic", {}, {"scheme": "dynamic"}, {"scheme": "dynamic", "parameters": {}}])
+@pytest.mark.parametrize(
+    "block", [None, 1, "dynamic", {}, {"scheme": "dynamic"}, {"scheme": "dynamic", "parameters": {}}]
+)
 def test_block_that_is_damaged(folder, block):
     rewrite(folder, hfpos=block)
     refused(folder, r"'hfpos' block of .* is damaged: .*; expected scheme, parameters and base")
@@ -352,6 +362,15 @@ def test_unknown_model_type(folder):
     block = changed_block(folder)["hfpos"]
     rewrite(folder, hfpos=block | {"own_model_type": "lama"})
     refused(folder, "is of model type 'lama', which this version of Transformers does not have")
+
+
+def test_unknown_rope_type(tmp_path):
+    unpatched("llama").save_pretrained(tmp_path)
+    rewrite(tmp_path, rope_parameters={"rope_type": "yaarn", "rope_theta": 1e4})
+    message = "its config names 'yaarn', which this version of Transformers does not have"
+    refused(tmp_path, f"cannot load the weights in .*: {message}")
+    with pytest.raises(hfpos.PatchError, match=f"the config in .* does not make a model: {message}"):
+        load_skeleton(tmp_path)
 
 
 def test_weights_that_are_missing(folder):
@@ -397,3 +416,69 @@ def test_the_guard_is_in_the_file_only(tmp_path):
     assert model.config.dtype != "hfpos_from_pretrained"
     again = type(model.config).from_pretrained(tmp_path)
     assert (again.model_type, again.max_position_embeddings) == ("llama", 32)
+
+
+def test_numbers_at_their_defaults_come_back(tmp_path):
+    """Transformers writes only what differs from the defaults; what the guard puts a text in the place of may be such a number."""
+    config = transformers.LlamaConfig(
+        vocab_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    assert config.hidden_size == 4096
+    model = hfpos.patch(transformers.LlamaForCausalLM(config).eval(), "alibi")
+    model.save_pretrained(tmp_path)
+    loaded = hfpos.from_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert "own_" not in json.dumps(loaded.config.to_dict())
+    with pytest.raises(StrictDataclassError, match="hfpos"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_part_of_a_composite_model(tmp_path):
+    """The decoder's own class finds its config inside that of the whole model."""
+    model = hfpos.patch(unpatched("gemma3"), "alibi")
+    model.save_pretrained(tmp_path)
+    for name in ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "AutoModel", "AutoModelForCausalLM"):
+        with pytest.raises((ValueError, StrictDataclassError), match="hfpos"):
+            getattr(transformers, name).from_pretrained(tmp_path)
+    loaded = hfpos.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, LENGTH), logits(model, LENGTH))
+    stock = unpatched("gemma3")
+    assert torch.equal(logits(hfpos.unpatch(loaded)), logits(stock))
+    found, expected = (each.config.text_config.to_dict() | {"dtype": None} for each in (loaded, stock))
+    assert found == expected
+
+
+# What the command line looks at without loading weights
+
+
+def test_skeleton(tmp_path):
+    for number, pair in enumerate(WAYS):
+        model = pair.model()
+        model.save_pretrained(tmp_path / f"{number}")
+        skeleton = load_skeleton(tmp_path / f"{number}")
+        assert all(weight.is_meta for weight in skeleton.parameters())
+        found, expected = hfpos.describe(skeleton), hfpos.describe(model)
+        if pair.scheme == "learned":
+            assert (found.patched, found.trained_length) == (False, 64)
+        else:
+            assert (found.scheme, found.parameters, found.wavelengths) == (
+                pair.scheme,
+                expected.parameters,
+                expected.wavelengths,
+            )
+    unpatched("gpt2").save_pretrained(tmp_path / "plain")
+    assert not hfpos.describe(load_skeleton(tmp_path / "plain")).patched
+    with pytest.raises(hfpos.PatchError, match="nothing is not a folder"):
+        load_skeleton(tmp_path / "nothing")
+    rewrite(tmp_path / "plain", n_head=7)
+    with pytest.raises(hfpos.PatchError, match=r"the config in .* does not make a model: ValueError: "):
+        load_skeleton(tmp_path / "plain")
+
+
+def test_tokenizer_if_there_is_one(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+    tokenizer_of(77).save_pretrained(tmp_path)
+    Pair("llama", "alibi").model().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).model_max_length == 77

@@ -51,8 +51,36 @@ def test_other_models_stay_as_they_are(pair):
     assert State(of_same_config).differences(before[1]) == []
 
 
+@pytest.mark.parametrize("pair", FEW, ids=str)
+def test_weights_keep_their_names_and_identities(pair):
+    """For checkpoints and for optimizers that were made before."""
+    model = pair.unpatched()
+    keys, weights = list(model.state_dict()), [id(weight) for weight in model.parameters()]
+    hfpos.patch(model, pair.scheme, **pair.parameters)
+    assert list(model.state_dict()) == keys
+    assert [id(weight) for weight in model.parameters()] == weights
+
+
+@pytest.mark.parametrize("pair", FEW, ids=str)
+def test_weights_drawn_anew_leave_the_positions(pair):
+    """Transformers' initialisation computes rotary modules anew from the config, where it knows them by their name."""
+    model, expected = pair.model(), pair.model()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        model.apply(model._init_weights)
+    assert not torch.equal(logits(model), logits(expected))
+    model.load_state_dict(weights)
+    assert torch.equal(logits(model, 60), logits(expected, 60))
+
+
 def test_nothing_of_a_class_is_replaced():
-    classes = (LlamaAttention, LlamaRotaryEmbedding, LlamaModel, transformers.LlamaForCausalLM, transformers.LlamaConfig)
+    classes = (
+        LlamaAttention,
+        LlamaRotaryEmbedding,
+        LlamaModel,
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+    )
     before = [dict(vars(cls)) for cls in classes]
     for scheme, parameters in (("yarn", {"factor": 4}), ("dynamic", {}), ("alibi", {}), ("sinusoidal", {})):
         Pair("llama", scheme, parameters).model()

@@ -32,7 +32,9 @@ PAIRS = [
 def wrapped(model, model_type):
     """A LoRA with random weights, so that it changes the output, around the model."""
     torch.manual_seed(3)
-    config = LoraConfig(r=4, target_modules=TARGETS[model_type], init_lora_weights=False, fan_in_fan_out=model_type == "gpt2")
+    config = LoraConfig(
+        r=4, target_modules=TARGETS[model_type], init_lora_weights=False, fan_in_fan_out=model_type == "gpt2"
+    )
     return get_peft_model(model, config).eval()
 
 
@@ -79,7 +81,9 @@ def test_unpatched_under_peft(pair):
         hfpos.unpatch(model)
         assert torch.equal(logits(model), stock)
         if before is not None:
-            assert {name: (value.equal(before[name])) for name, value in numbers(model).items()} == dict.fromkeys(before, True)
+            assert {name: (value.equal(before[name])) for name, value in numbers(model).items()} == dict.fromkeys(
+                before, True
+            )
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -91,7 +95,9 @@ def test_gradients_reach_the_adapter_and_training_lowers_the_loss(pair):
     for _ in range(4):
         loss = model(ids, labels=ids).loss
         loss.backward()
-        assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in adapter_weights(model).values())
+        assert all(
+            weight.grad is not None and weight.grad.abs().sum() > 0 for weight in adapter_weights(model).values()
+        )
         assert all(weight.grad is None for name, weight in model.named_parameters() if "lora_" not in name)
         losses.append(loss.item())
         optimizer.step()

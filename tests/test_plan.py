@@ -70,7 +70,10 @@ def test_class_swap():
     assert torch.equal(layer(ONES), expected)
 
 
-@pytest.mark.parametrize("order", ["hook swap undo", "swap hook undo", "hook swap remove undo", "swap hook remove undo", "hook swap undo remove"])
+@pytest.mark.parametrize(
+    "order",
+    ["hook swap undo", "swap hook undo", "hook swap remove undo", "swap hook remove undo", "hook swap undo remove"],
+)
 def test_class_swap_under_a_hook_of_accelerate(order):
     layer = linear()
     expected = layer(ONES)
@@ -126,7 +129,11 @@ def test_failing_edit_undoes_those_before_it_in_reverse():
 
 def test_str():
     layer = linear()
-    edits = (set_attribute(layer, "extra", "long " * 30), swap_class(layer, Doubled), Hook(layer, "register_forward_hook", print))
+    edits = (
+        set_attribute(layer, "extra", "long " * 30),
+        swap_class(layer, Doubled),
+        Hook(layer, "register_forward_hook", print),
+    )
     assert str(Plan(edits)).splitlines() == [
         "Linear.extra: absent -> 'long long long long long long long long long long long l...",
         "Linear.__class__: Linear -> Doubled",

@@ -49,7 +49,9 @@ def test_duplicates_raise(name):
     registry = Registry("thing")
     registry.add("first", First, ("one",))
     aliases = ("one",) if name == "another" else ()
-    with pytest.raises(hfpos.PatchError, match="thing '(first|one)' is defined twice: .*test_registry and .*test_registry"):
+    with pytest.raises(
+        hfpos.PatchError, match="thing '(first|one)' is defined twice: .*test_registry and .*test_registry"
+    ):
         registry.add(name, Second, aliases)
     assert registry.as_dict() == {"first": First}
     assert registry["one"] is First
@@ -66,8 +68,11 @@ def test_what_was_removed_is_gone():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("yarm", "'yarn'"), ("Yarn", "'yarn'"), ("dynamic-yarn", "'dynamic_yarn'"), ("alibli", "'alibi'")]
+    ("name", "hint"),
+    [("yarm", "'yarn'"), ("Yarn", "'yarn'"), ("dynamic-yarn", "'dynamic_yarn'"), ("alibli", "'alibi'")],
 )
 def test_did_you_mean(name, hint):
-    with pytest.raises(hfpos.PatchError, match=f"unknown scheme '{name}': did you mean {hint}\\? Available: abf, alibi"):
+    with pytest.raises(
+        hfpos.PatchError, match=f"unknown scheme '{name}': did you mean {hint}\\? Available: abf, alibi"
+    ):
         hfpos.schemes.REGISTRY[name]

@@ -49,7 +49,9 @@ def test_own_bias_is_off(scheme):
     stock = unpatched("bloom")
     assert not torch.allclose(logits(model, 60), logits(stock, 60), atol=1e-2)
     if scheme == "nope":
-        stock.transformer.build_alibi_tensor = lambda mask, heads, dtype: torch.zeros(mask.shape[0] * heads, 1, mask.shape[1], dtype=dtype)
+        stock.transformer.build_alibi_tensor = lambda mask, heads, dtype: torch.zeros(
+            mask.shape[0] * heads, 1, mask.shape[1], dtype=dtype
+        )
         torch.testing.assert_close(logits(model, 60), masked_logits(stock), rtol=0, atol=1e-5)
 
 

@@ -107,7 +107,12 @@ def test_scaled_model_is_scaled_anew_and_not_twice():
     scaled = unpatched(
         "llama",
         max_position_embeddings=128,
-        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32},
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 32,
+        },
     )
     assert torch.equal(logits(scaled, 60), logits(once, 60))
     hfpos.patch(scaled, "linear", factor=2)
@@ -119,7 +124,9 @@ def test_scaled_model_is_scaled_anew_and_not_twice():
 
 def test_dynamic_beyond_the_limit_is_not_silently_unscaled():
     """Stock dynamic scaling does nothing once `max_position_embeddings` was raised."""
-    model = hfpos.patch(unpatched("llama", max_position_embeddings=128), "dynamic", target_length=128, original_length=32)
+    model = hfpos.patch(
+        unpatched("llama", max_position_embeddings=128), "dynamic", target_length=128, original_length=32
+    )
     assert torch.equal(logits(model, 100), logits(Pair("llama", "dynamic", FACTOR).model(), 100))
     assert not torch.allclose(logits(model, 100), logits(unpatched("llama"), 100), atol=1e-2)
 
@@ -138,7 +145,10 @@ def test_sliding_layers_stay_as_they_are(pair):
         assert rotary.sliding_attention_attention_scaling == 1.0
         sliding = [each.config.rope_parameters["sliding_attention"] for each in (stock, model)]
         assert sliding[0] == sliding[1]
-        cos = [rotary_of(each)(torch.zeros(1, 1, 1), torch.arange(99)[None], "sliding_attention")[0] for each in (stock, model)]
+        cos = [
+            rotary_of(each)(torch.zeros(1, 1, 1), torch.arange(99)[None], "sliding_attention")[0]
+            for each in (stock, model)
+        ]
         assert torch.equal(*cos)
     else:
         assert not after.any()
@@ -160,7 +170,11 @@ def test_truncate_is_honoured_where_stock_does_not():
     assert not torch.equal(rotary_of(exact).full_attention_inv_freq, rotary_of(rounded).full_attention_inv_freq)
     assert (hfpos.describe(rounded).stock_loadable, hfpos.describe(exact).stock_loadable) == (True, False)
     exact.config.rope_parameters["full_attention"] |= {
-        "rope_type": "yarn", "truncate": False, "beta_slow": 0.1, "factor": 4.0, "original_max_position_embeddings": 32,
+        "rope_type": "yarn",
+        "truncate": False,
+        "beta_slow": 0.1,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
     }
     stock, _ = ROPE_INIT_FUNCTIONS["yarn"](exact.config, "cpu", layer_type="full_attention")
     assert torch.equal(stock, rotary_of(rounded).full_attention_inv_freq)  # if this fails, Transformers has mended it
@@ -223,7 +237,22 @@ def test_temperature_multiplies_the_logits():
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "gpt_neox", "glm", "cohere"]
+    "model_type",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo2",
+        "gpt_neox",
+        "glm",
+        "cohere",
+    ],
 )
 def test_family_and_back(model_type):
     limits = {"original_max_position_embeddings": 32} if model_type == "phi3" else {}
@@ -243,7 +272,9 @@ def test_schemes_without_rotation_do_not_rotate():
     ids = tokens(1, 20)
     with torch.no_grad():
         at_zero = nope(ids).logits
-        torch.testing.assert_close(nope(ids, position_ids=torch.arange(500, 520)[None]).logits, at_zero, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            nope(ids, position_ids=torch.arange(500, 520)[None]).logits, at_zero, rtol=0, atol=1e-5
+        )
         # one layer sees its prefix as a set, so a second layer's tokens must be compared at the last position of one
         single = hfpos.patch(unpatched("llama", num_hidden_layers=1), "nope")
         shuffled = torch.cat((ids[:, torch.randperm(19)], ids[:, 19:]), dim=1)
