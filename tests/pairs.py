@@ -35,7 +35,9 @@ class Pair:
 
     def __str__(self) -> str:
         values = [
-            f"{key}={value}" for key, value in self.parameters.items() if not isinstance(value, list) and key != "original_length"
+            f"{key}={value}"
+            for key, value in self.parameters.items()
+            if not isinstance(value, list) and key != "original_length"
         ]
         return "-".join((self.model_type, self.scheme, *values))
 

@@ -67,18 +67,25 @@ def rotary_scores(
     for i, position in enumerate(q_positions.tolist()):
         inv_freq, scale = sets(position + 1)
         inv_freq = inv_freq.double()
-        turned = [_turn(x, p, inv_freq, scale, interleaved) for x, p in ((q[..., i : i + 1, :], q_positions[i : i + 1]), (k, k_positions))]
+        turned = [
+            _turn(x, p, inv_freq, scale, interleaved)
+            for x, p in ((q[..., i : i + 1, :], q_positions[i : i + 1]), (k, k_positions))
+        ]
         rows.append(turned[0] @ turned[1].transpose(-1, -2))
     return torch.cat(rows, dim=-2) * q.shape[-1] ** -0.5
 
 
-def _turn(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, scale: float, interleaved: bool) -> torch.Tensor:
+def _turn(
+    x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor, scale: float, interleaved: bool
+) -> torch.Tensor:
     half = len(inv_freq)
     rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
         z = torch.complex(rotated[..., 0::2], rotated[..., 1::2])
     else:
         z = torch.complex(rotated[..., :half], rotated[..., half:])
-    z = z * torch.polar(torch.full((len(positions), half), float(scale), dtype=torch.float64), positions.double()[:, None] * inv_freq)
+    z = z * torch.polar(
+        torch.full((len(positions), half), float(scale), dtype=torch.float64), positions.double()[:, None] * inv_freq
+    )
     parts = torch.stack((z.real, z.imag), -1).flatten(-2) if interleaved else torch.cat((z.real, z.imag), -1)
     return torch.cat((parts, passed), dim=-1)

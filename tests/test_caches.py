@@ -16,7 +16,12 @@ LENGTH = 40  # beyond the original length, and beyond the windows several times
 PAD = 5  # left padding of the second row
 STEPS = {
     "token by token": [*[1] * PAD, 1, 20, *[1] * (LENGTH - 21 - PAD)],
-    "chunks": [ORIGINAL - 1, 1, 1, LENGTH - ORIGINAL - 1],  # up to one before the original length, up to it, and beyond
+    "chunks": [
+        ORIGINAL - 1,
+        1,
+        1,
+        LENGTH - ORIGINAL - 1,
+    ],  # up to one before the original length, up to it, and beyond
     "straddling": [11, 25, LENGTH - 36],
 }
 CACHES: dict[str, Callable[[PreTrainedModel], Cache | None]] = {
@@ -163,7 +168,10 @@ def test_rows_of_a_cache_can_be_repeated_and_reordered(pair: Pair, kind: str) ->
     model = pair.model()
     ids, mask = padded()
     prompt = 34
-    several, beams = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 2, 3])  # the beams of a prompt stay beside each other
+    several, beams = (
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([1, 1, 2, 3]),
+    )  # the beams of a prompt stay beside each other
     if kind == "static":  # has as many rows as it was made for
         _, cache = in_steps(model, ids[several, :prompt], mask[several], [prompt], CACHES[kind](model))
     else:

@@ -29,6 +29,10 @@ SAVED = [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", "bloom",
     Pair("glm", "ntk", FACTOR),
     Pair("phi3", "linear", FACTOR),
     Pair("phi3", "yarn", FACTOR),
+    Pair("phi3", "llama3", FACTOR),
+    Pair("phi3", "ntk", FACTOR),
+    Pair("phi3", "partial"),
+    Pair("phi3", "dynamic_yarn", FACTOR | {"cache": "pinned"}),
     Pair("bloom", "alibi", {"slopes": [0.5, 0.4, 0.3, 0.2]}),
 ]
 # of those that only hfpos loads, enough for the one process without it
@@ -47,8 +51,8 @@ def expected_to_be_stock(pair):
         return pair.scheme == "learned"
     if pair.model_type == "gemma3_text" and pair.parameters.get("truncate") is False:
         return False  # Transformers 5.23 does not look at it where parameters are nested
-    if pair.model_type == "phi3" or (pair.model_type, pair.scheme) == ("gpt_neox", "partial"):
-        return False  # Phi-3's config takes nothing but longrope; GPT-NeoX's has a fraction of its own
+    if pair.scheme == "partial" and pair.model_type in ("gpt_neox", "phi3"):
+        return False  # the one has a fraction of its own, the other's config takes nothing but longrope
     pinned = pair.parameters.get("cache") == "pinned" and "factor" in pair.parameters
     return pair.scheme in STATIC or pinned
 

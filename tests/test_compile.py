@@ -23,15 +23,23 @@ def chosen(*names: str) -> list[Pair]:
 
 EVERY_SCHEME = chosen(
     *(f"llama-{scheme}" for scheme in sorted(hfpos.schemes()) if scheme != "learned"),
-    *("llama-dynamic-cache", "gpt2-learned", "gpt2-rope", "gpt2-dynamic", "gpt2-alibi", "bloom-rope", "bloom-dynamic", "bloom-alibi"),
+    *(
+        "llama-dynamic-cache",
+        "gpt2-learned",
+        "gpt2-rope",
+        "gpt2-dynamic",
+        "gpt2-alibi",
+        "bloom-rope",
+        "bloom-dynamic",
+        "bloom-alibi",
+    ),
 )
-PACKED = chosen("llama-yarn", "llama-alibi", "llama-dynamic", "mistral-alibi", "gpt2-rope", "bloom-alibi")
+PACKED = chosen("llama-yarn", "mistral-alibi", "gpt2-rope", "bloom-alibi")
 DECODING = chosen(
-    *("llama-yarn", "llama-dynamic-factor", "llama-dynamic-cache", "llama-longrope", "llama-alibi", "llama-sinusoidal"),
-    *("mistral-dynamic", "mistral-alibi", "gemma3_text-dynamic", "gemma3_text-alibi"),
-    *("gpt2-rope", "gpt2-alibi", "bloom-alibi", "bloom-dynamic"),
+    *("llama-yarn", "llama-dynamic-factor", "llama-dynamic-cache", "llama-longrope", "llama-alibi"),
+    *("mistral-alibi", "gemma3_text-dynamic", "gpt2-rope", "bloom-alibi"),
 )
-TRAINING = chosen("llama-alibi", "llama-dynamic", "llama-longrope", "gpt2-rope", "bloom-alibi")
+TRAINING = chosen("llama-alibi", "llama-dynamic", "gpt2-rope", "bloom-alibi")
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,28 @@ def test_padding_moves_nothing(pair: Pair, side: str) -> None:
         assert difference(together[row, mask[row].bool()], model(text).logits[0]) < 2e-5
 
 
+@pytest.mark.parametrize("pair", WAYS, ids=str)
+@torch.no_grad()
+def test_embeddings_stand_where_their_tokens_stand(pair: Pair) -> None:
+    model = pair.model()
+    ids, mask = padded("left")
+    embeddings = model.get_input_embeddings()(ids)
+    logits = model(inputs_embeds=embeddings, attention_mask=mask).logits[mask.bool()]
+    assert difference(logits, model(ids, attention_mask=mask).logits[mask.bool()]) < 1e-6
+
+
+@pytest.mark.parametrize("pair", WAYS, ids=str)
+@torch.no_grad()
+def test_autocast_rounds_activations_not_positions(pair: Pair) -> None:
+    model = pair.model()
+    ids, mask = padded("left")
+    exact = model(ids, attention_mask=mask).logits[mask.bool()]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, attention_mask=mask).logits[mask.bool()]
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
 def packed(pair: Pair) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Two documents, both in one row, and its position ids. A scheme that pins the prompt is asked no more than it can: one set."""
     lengths = (21, ORIGINAL) if pair.pins_prompt else DOCUMENTS

@@ -99,7 +99,7 @@ class LinearBias:
         needs_bias = kwargs.get("softcap") is not None or hasattr(module, "sinks") or self.scheme.bidirectional
         if query.shape[2] == 1 or needs_bias or not is_fused(inner):
             bias = self.scheme.bias(q_positions, k_positions, slopes)
-            mask = full_mask(mask, query.shape[2], key.shape[2], query.device)
+            mask = full_mask(mask, query, key, module, kwargs.get("is_causal"))
             mask = add_bias(bias, mask, query.dtype).expand(query.shape[0], -1, -1, -1)
             return inner(module, query, key, value, mask, scaling=scaling, **kwargs)
         f, g = linear_features(slopes, scaling, q_positions, k_positions, query.dtype)

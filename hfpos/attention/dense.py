@@ -20,9 +20,14 @@ def causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return (columns <= rows)[None, None]
 
 
-def full_mask(mask: torch.Tensor | None, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
-    """The mask itself, or what None stands for: causal, and for a single query every key."""
-    return causal(queries, keys, device) if mask is None and queries > 1 else mask
+def full_mask(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, module: nn.Module, is_causal: bool | None = None
+) -> torch.Tensor | None:
+    """The mask itself, or what None stands for: causal, and every key for a single query or in a model that is not causal."""
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and is_causal and query.shape[2] > 1:
+        return causal(query.shape[2], key.shape[2], query.device)
+    return mask
 
 
 def add_bias(bias: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -56,7 +61,7 @@ def eager_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    mask = full_mask(attention_mask, query.shape[2], key.shape[2], query.device)
+    mask = full_mask(attention_mask, query, key, module, kwargs.get("is_causal"))
     if mask is not None:
         logits = (
             logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask

@@ -85,7 +85,7 @@ class LengthAwareRotation:
             if short[1] is not None and long[1] is not None:
                 weights = torch.where((lengths > sets[0])[:, None, :, None], long[1], short[1])
             return torch.where((lengths > sets[0])[:, :, None, None], long[0], short[0]), weights
-        mask = full_mask(mask, query.shape[2], key.shape[2], query.device)
+        mask = full_mask(mask, query, key, module, kwargs.get("is_causal"))
         # Queries within the original length, which come first, share the unscaled frequencies.
         split = 0 if compiling else int((~within).to(torch.uint8).argmax())
         parts = []
@@ -137,7 +137,7 @@ class LengthAwareRotation:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
         columns: slice,
@@ -145,7 +145,7 @@ class LengthAwareRotation:
         kwargs: dict,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention where each query of `columns` has a set of frequencies of its own: every query becomes a row of the batch."""
-        q, mask = query[:, :, columns], mask[:, :, columns]
+        q = query[:, :, columns]
         batch, heads, queries, _ = q.shape
         inv_freq, scale = self._frequencies(q_positions[:, columns] + 1)
         q_cos, q_sin = cos_sin(q_positions[:, columns], inv_freq, scale)
@@ -155,8 +155,9 @@ class LengthAwareRotation:
         keys = rotate(keys, k_cos[:, :, None], k_sin[:, :, None], self.convention).flatten(0, 1)
         values = values.flatten(0, 1)
         rows = q.transpose(1, 2).reshape(batch * queries, heads, 1, -1)
-        row_mask = mask.transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)[:, :, None]
-        output, weights = inner(module, rows, keys, values, row_mask, **kwargs)
+        if mask is not None:
+            mask = mask[:, :, columns].transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)[:, :, None]
+        output, weights = inner(module, rows, keys, values, mask, **kwargs)
         output = output.reshape(batch, queries, heads, -1)
         if weights is not None:
             weights = weights.reshape(batch, queries, heads, -1).transpose(1, 2)

@@ -20,6 +20,7 @@ from hfpos.positions import MaskedPositionIds, PositionHook, TruePositions
 from hfpos.rotation import CONVENTIONS, cos_sin, inverse_frequencies, rotate
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.dynamic import Dynamic
+from hfpos.schemes.longrope import as_divisors
 
 
 if TYPE_CHECKING:
@@ -159,16 +160,9 @@ class RotaryDecoder(Family):
     def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         self._check_unscaled(config, geometry)
         wanted, scale = scheme.frequencies(geometry)
-        parameters = scheme.stock(geometry)
-        stock = False
-        if parameters is not None:
-            config.rope_parameters = self._with(parameters)
-            # Transformers' own float32 values where they are the scheme's (then a stock reload is bit-equal), else the scheme's
-            with contextlib.suppress(PatchError):
-                rotary = self._build(config)
-                built, factor = getattr(rotary, self.buffer), getattr(rotary, scaling_name(self.buffer))
-                stock = built.shape == wanted.shape and torch.allclose(built.double(), wanted, rtol=1e-5, atol=0)
-                stock = stock and abs(factor - scale) < 1e-6 and reloads_equal(whole, config)
+        # Transformers' own float32 values where they are the scheme's (then a stock reload is bit-equal), else the scheme's
+        rotary = self._built_by_stock(scheme, geometry, config, whole)
+        stock = rotary is not None
         if not stock:
             config.rope_parameters = copy.deepcopy(self.config.rope_parameters)
             rotary = self._build(config)
@@ -182,6 +176,22 @@ class RotaryDecoder(Family):
                 "default" if self.layer_type is None else rotary.rope_type | {self.layer_type: "default"}
             )
         return self._swap(fix(rotary, frequencies, scales)), stock, {}
+
+    def _built_by_stock(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> Any:
+        """The rotary module that Transformers itself makes of `config` with the scheme written into it; None where it cannot say it."""
+        wanted, scale = scheme.frequencies(geometry)
+        for parameters in (scheme.stock(geometry), as_divisors(scheme, geometry)):
+            if parameters is None:
+                continue
+            config.rope_parameters = self._with(parameters)
+            with contextlib.suppress(PatchError):
+                rotary = self._build(config)
+                if not reloads_equal(whole, config):
+                    continue  # the config's class takes no such type
+                built, factor = getattr(rotary, self.buffer), getattr(rotary, scaling_name(self.buffer))
+                equal = built.shape == wanted.shape and torch.allclose(built.double(), wanted, rtol=1e-5, atol=0)
+                return rotary if equal and abs(factor - scale) < 1e-6 else None
+        return None
 
     def is_unchanged(self, scheme: Any, geometry: Geometry) -> bool:
         if scheme.seam != "freq" or self.native() in ("dynamic", "longrope"):

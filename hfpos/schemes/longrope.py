@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hfpos.rotation import inverse_frequencies
-from hfpos.scheme import Geometry, PatchError, require_number
+from hfpos.scheme import Geometry, PatchError, Rope, require_number
 from hfpos.schemes._length_aware import LengthAwareRope
 
 
@@ -91,3 +91,14 @@ class LongRope(LengthAwareRope):
             "long_factor": factors,
             "attention_factor": self.attention_scale(geometry),
         }
+
+
+def as_divisors(scheme: Rope, geometry: Geometry) -> dict[str, Any] | None:
+    """Any fixed frequencies as stock `longrope` parameters, for configs that take no other type; None where a pair stands still."""
+    inv_freq, scale = scheme.frequencies(geometry)
+    if geometry.trained_length is None or not inv_freq.all():
+        return None
+    divisors = (inverse_frequencies(geometry.theta, geometry.rotary_dim) / inv_freq).tolist()
+    length = scheme.patched_length(geometry)
+    same = LongRope(short_factor=divisors, long_factor=divisors, attention_factor=scale, target_length=length)
+    return same.stock(geometry)

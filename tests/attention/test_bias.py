@@ -37,7 +37,12 @@ def example(heads: int, key_heads: int, dtype: torch.dtype, spacing: int) -> tup
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_positions: torch.Tensor, k_positions: torch.Tensor, scheme: Alibi
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_positions: torch.Tensor,
+    k_positions: torch.Tensor,
+    scheme: Alibi,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, Q, H, D) and weights (B, H, Q, K) of causal attention with the bias written out, float64."""
     q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -49,11 +54,17 @@ def dense(
 
 
 def attend(
-    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_positions: torch.Tensor, k_positions: torch.Tensor, **options: object
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_positions: torch.Tensor,
+    k_positions: torch.Tensor,
+    **options: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same by `LinearBias`, under the mask that `backend` is given for it."""
     bias, module = LinearBias(Alibi(), q.shape[1]), layer(q.shape[1], k.shape[1])
-    visible = (k_positions[:, None, None, :] <= q_positions[:, None, :, None])
+    visible = k_positions[:, None, None, :] <= q_positions[:, None, :, None]
     low = torch.finfo(q.dtype).min
     mask = visible if backend == "sdpa" else torch.where(visible, torch.tensor(0, dtype=q.dtype), low)
     call = Call(bias, q_positions, k_positions, k.shape[2])
@@ -171,7 +182,10 @@ def test_bloom_keeps_its_logits_and_loses_its_rounding() -> None:
     assert difference(patched(ids).logits, exact) < 1e-5
     mask[0, :50] = 0
     visible = mask.bool()
-    assert difference(patched(ids, attention_mask=mask).logits[visible], stock(ids, attention_mask=mask).logits[visible]) < 1e-5
+    assert (
+        difference(patched(ids, attention_mask=mask).logits[visible], stock(ids, attention_mask=mask).logits[visible])
+        < 1e-5
+    )
     rounded = [(model.bfloat16()(ids).logits.float() - exact).abs().mean() for model in (patched, stock)]
     assert rounded[0] < 0.5 * rounded[1]
     assert rounded[0] < 0.02 * exact.abs().mean()

@@ -32,11 +32,34 @@ def test_eager_and_sdpa_agree_with_gradients(pair: Pair) -> None:
         model = use_backend(pair.model(), backend)
         output = model(**call(), use_cache=False)
         output.loss.backward()
-        results.append((output.logits[call()["attention_mask"].bool()], [p.grad for p in model.parameters() if p.requires_grad]))
+        results.append(
+            (output.logits[call()["attention_mask"].bool()], [p.grad for p in model.parameters() if p.requires_grad])
+        )
     (logits, gradients), (other_logits, other_gradients) = results
     assert difference(logits, other_logits) < 5e-5
     for a, b in zip(gradients, other_gradients, strict=True):
         assert difference(a, b) < 5e-5 * max(b.abs().max().item(), 1)
+
+
+NOT_CAUSAL = [
+    pair
+    for pair in [*PAIRS, Pair("llama", "alibi", {"bidirectional": True})]
+    if pair.model_type == "llama" and pair.relative
+]
+
+
+@pytest.mark.parametrize("pair", NOT_CAUSAL, ids=str)
+@torch.no_grad()
+def test_a_model_that_is_not_causal_goes_on_seeing_the_future(pair: Pair) -> None:
+    ids, results = tokens(1, LENGTH), []
+    other = ids.clone()
+    other[0, -1] = ids[0, -1] % 100 + 3
+    for backend in BACKENDS:
+        model = use_backend(pair.model(is_causal=False), backend)
+        results.append(model(ids).logits)
+        assert difference(results[-1], model(ids, attention_mask=torch.ones_like(ids)).logits) < 5e-5
+        assert difference(results[-1][:, :-1], model(other).logits[:, :-1]) > 1e-3
+    assert difference(*results) < 5e-5
 
 
 @pytest.mark.parametrize("pair", INSIDE, ids=str)

@@ -53,7 +53,9 @@ CASES: dict[str, tuple[dict, Sets]] = {
 
 def geometry(head_dim: int = 16) -> Geometry:
     """A model trained at `ORIGINAL` tokens that rotates 16 dimensions of each head."""
-    return Geometry(heads=4, head_dim=head_dim, rotary_dim=16, theta=10_000.0, trained_length=ORIGINAL, allowed_length=ORIGINAL)
+    return Geometry(
+        heads=4, head_dim=head_dim, rotary_dim=16, theta=10_000.0, trained_length=ORIGINAL, allowed_length=ORIGINAL
+    )
 
 
 def example(start: int, head_dim: int = 16, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -76,14 +78,19 @@ def expected(sets: Sets, arguments: tuple[torch.Tensor, ...], interleaved: bool 
     q, k, v, q_positions, k_positions = arguments
     k, v = (x.double().repeat_interleave(2, dim=1) for x in (k, v))
     rows = [
-        rotary_scores(q[row].double(), k[row], q_positions[row], k_positions[row], sets, interleaved) for row in range(2)
+        rotary_scores(q[row].double(), k[row], q_positions[row], k_positions[row], sets, interleaved)
+        for row in range(2)
     ]
     logits = torch.stack(rows).masked_fill(~visible(), float("-inf"))
     return (logits.softmax(-1) @ v).transpose(1, 2)
 
 
 def attend(
-    scheme: str, arguments: tuple[torch.Tensor, ...], backend: str = "sdpa", convention: str = "half", **parameters: object
+    scheme: str,
+    arguments: tuple[torch.Tensor, ...],
+    backend: str = "sdpa",
+    convention: str = "half",
+    **parameters: object,
 ) -> torch.Tensor:
     """The same by `LengthAwareRotation`."""
     q, k, v, q_positions, k_positions = arguments
