@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import hfpos
 from hfpos.data import tokenize, train_tokenizer
 from hfpos.demo import BaseRecipe, DemoOptions, models, run
-from hfpos.demo.findings import untrained_findings
+from hfpos.demo.findings import finetuned_findings, tuned, untrained_findings
 from hfpos.demo.measure import held_out_pieces
 from hfpos.evaluate import LengthScore, PerplexityResult, perplexity
 
@@ -37,7 +37,15 @@ def first(text, tmp_path_factory):
 
 def test_measures_every_scheme_at_every_length(first):
     options, results = first
-    assert list(results["scores"]) == ["none", "linear", "ntk", "yarn", "alibi", f"{results['best']}, fine-tuned"]
+    assert list(results["scores"]) == [
+        "none",
+        "linear",
+        "ntk",
+        "yarn",
+        "alibi",
+        "none, fine-tuned",
+        tuned(results["best"]),
+    ]
     for scores in results["scores"].values():
         assert list(scores) == LENGTHS
         assert all(score["documents"] == 8 for score in scores.values())
@@ -53,9 +61,10 @@ def test_writes_numbers_plot_and_loadable_models(first):
     assert results["versions"]["hfpos"] == hfpos.__version__
     assert results["options"]["base"]["context"] == results["model"]["trained_length"] == 16
     assert {"base model", "measure", "fine-tune", "total"} <= results["seconds"].keys()
-    tuned = hfpos.describe(hfpos.from_pretrained(results["finetuned"]))
-    assert (tuned.scheme, tuned.patched_length) == (results["best"], 64)
-    assert AutoTokenizer.from_pretrained(results["finetuned"]).model_max_length == 64
+    folder = results["finetuned"][results["best"]]
+    found = hfpos.describe(hfpos.from_pretrained(folder))
+    assert (found.scheme, found.patched_length) == (results["best"], 64)
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 64
 
 
 def test_held_out_files_are_not_trained_on(first, text):
@@ -83,7 +92,7 @@ def test_own_model_without_finetuning(first, text, tmp_path):
     results = run(options)
     assert list(results["scores"]) == ["none", "linear", "ntk", "yarn", "alibi"]
     assert list(results["scores"]["none"]) == LENGTHS[:3]
-    assert results["finetuned"] is None
+    assert results["finetuned"] == {}
     assert sorted(path.name for path in options.out.iterdir()) == ["perplexity.png", "results.json"]
 
 
@@ -156,4 +165,10 @@ def test_words_follow_the_numbers():
     assert won[1].endswith("8.00 -> 10.00 (+25.0 %)")
     assert won[2] == "alibi does not fit this model: no such seam"
     lost = untrained_findings(scores | {"none": result(9, 8, 8)}, {}, 16, "yarn")
+    scores |= {"none, fine-tuned": result(9, 8, 8), "yarn, fine-tuned": result(9, 8, 6)}
+    after = finetuned_findings(scores, 16, "yarn")
+    assert (
+        after[2]
+        == "the same training without a scheme reaches 8.00 at 32: the scheme itself is worth 8.00 -> 6.00 (-25.0 %)"
+    )
     assert lost[0].startswith("at 32 the unpatched model is still better (10.00 -> 8.00 (-20.0 %))")

@@ -39,15 +39,22 @@ def untrained_findings(
     return lines + [f"{name} does not fit this model: {reason}" for name, reason in refused.items()]
 
 
-def finetuned_findings(scores: dict[str, PerplexityResult], trained: int, best: str, tuned: str) -> list[str]:
+def tuned(scheme: str) -> str:
+    """The name of a scheme's row after fine-tuning."""
+    return f"{scheme}, fine-tuned"
+
+
+def finetuned_findings(scores: dict[str, PerplexityResult], trained: int, best: str) -> list[str]:
     """What the fine-tuning changed."""
-    none, before, after = (curve(scores[name]) for name in (UNPATCHED, best, tuned))
+    names = (UNPATCHED, best, tuned(UNPATCHED), tuned(best))
+    none, before, control, after = (curve(scores[name]) for name in names)
     longest = max(none)
     return [
         f"at {longest}: {_change(before[longest], after[longest])} by the fine-tuning, and now "
         f"{_change(none[trained], after[longest])} against what the unpatched model reached at its trained {trained}",
         f"at {trained}: {_change(none[trained], after[trained])} against the unpatched model",
-        "a part of this is simply more training on this kind of text, whatever the positions",
+        f"the same training without a scheme reaches {control[longest]:.2f} at {longest}: the scheme itself is worth "
+        f"{_change(control[longest], after[longest])}",
     ]
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from hfpos.checkpoint import from_pretrained, load_tokenizer
 from hfpos.data import Document, blocks, read_documents, split_documents, standard_library, tokenize, train_tokenizer
+from hfpos.demo.measure import UNPATCHED
 from hfpos.demo.options import DemoOptions
 from hfpos.patching import patch
 from hfpos.scheme import PatchError
@@ -78,11 +79,12 @@ def base_model(options: DemoOptions, corpus: Corpus) -> Path:
 
 
 def finetuned_model(options: DemoOptions, corpus: Corpus, base: Path, scheme: str, length: int) -> Path:
-    """The folder of the base model after fine-tuning under `scheme`, done now unless an earlier run has done the same."""
+    """The folder of the base model after fine-tuning under `scheme` (or "none"), done now unless it was before."""
 
     def build(folder: Path) -> None:
         model, tokenizer = load(base)
-        patch(model, scheme, factor=options.factor, tokenizer=tokenizer)
+        if scheme != UNPATCHED:
+            patch(model, scheme, factor=options.factor, tokenizer=tokenizer)
         train(
             model,
             blocks(tokenize(tokenizer, corpus.train), length),
@@ -91,7 +93,7 @@ def finetuned_model(options: DemoOptions, corpus: Corpus, base: Path, scheme: st
             # Steps must shrink with width: this is 8e-4 for the small model and 2e-5 at width 4,096.
             learning_rate=0.1 / model.config.get_text_config().hidden_size,
             seed=options.seed,
-            label=f"fine-tuning under {scheme} at {length} tokens",
+            label=f"fine-tuning ({scheme}) at {length} tokens",
         )
         _save(model, tokenizer, folder)
 

@@ -29,8 +29,8 @@ class DemoOptions:
         text: file or folder of the user's own text (`hfpos.data.read_documents`); None takes the standard library's.
         out: folder for `results.json`, the plot, and the trained models, which a second run uses again.
         factor: how many times the trained length to go to, > 1.
-        finetune: whether to fine-tune under the best scheme.
-        finetune_steps: optimizer steps of that.
+        finetune: whether to fine-tune, under the best scheme and for comparison without one.
+        finetune_steps: optimizer steps of each.
         batch_tokens: tokens in one optimizer step, rounded down to whole samples, but at least one.
         eval_tokens: held-out tokens to measure on, rounded down likewise.
         seed: of the split into files, the initial weights and the order of the data.

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from hfpos.data import tokenize
-from hfpos.demo.findings import finetuned_findings, table, untrained_findings
+from hfpos.demo.findings import finetuned_findings, table, tuned, untrained_findings
 from hfpos.demo.measure import (
     UNPATCHED,
     best_scaling,
@@ -66,16 +66,16 @@ def run(options: DemoOptions) -> dict[str, Any]:
         console.print(table(scores, trained))
         _print_lines(console, untrained_findings(scores, refused, trained, best))
 
-        tuned_folder = None
+        tuned_folders = {}
         if options.finetune:
             with _timed(seconds, "fine-tune"):
-                tuned_folder = finetuned_model(options, corpus, folder, best, lengths[-1])
-            tuned = f"{best}, fine-tuned"
-            scores[tuned] = measure(load(tuned_folder)[0], pieces, lengths)
-            shown = {name: scores[name] for name in (UNPATCHED, best, tuned)}
+                for name in (UNPATCHED, best):  # without a scheme too: what is longer training alone worth?
+                    tuned_folders[name] = finetuned_model(options, corpus, folder, name, lengths[-1])
+                    scores[tuned(name)] = measure(load(tuned_folders[name])[0], pieces, lengths)
+            shown = (UNPATCHED, best, tuned(UNPATCHED), tuned(best))
             console.print(f"\nThe same after fine-tuning at {lengths[-1]} tokens:")
-            console.print(table(shown, trained))
-            _print_lines(console, finetuned_findings(scores, trained, best, tuned))
+            console.print(table({name: scores[name] for name in shown}, trained))
+            _print_lines(console, finetuned_findings(scores, trained, best))
 
     results = {
         **provenance(),
@@ -89,7 +89,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
         "scores": {name: dataclasses.asdict(score)["by_length"] for name, score in scores.items()},
         "refused": refused,
         "best": best,
-        "finetuned": tuned_folder,
+        "finetuned": tuned_folders,
         "seconds": seconds,
     }
     plot, record = options.out / "perplexity.png", options.out / "results.json"
@@ -98,14 +98,14 @@ def run(options: DemoOptions) -> dict[str, Any]:
         trained,
         plot,
         title=f"One model, trained at {trained} tokens, used up to {lengths[-1]}",
-        emphasised=f"{best}, fine-tuned",
+        emphasised=tuned(best),
     )
     text = json.dumps(results, indent=2, default=str)
     record.write_text(text + "\n", encoding="utf-8")
     console.print(f"\n{seconds['total']:.0f} s in all. What to read next:")
     next_steps = [
         f"{plot}: the plot; {record}: every number, with versions, hardware and settings",
-        f"`hfpos describe {tuned_folder or folder}`: what that model's positions are now",
+        f"`hfpos describe {tuned_folders.get(best, folder)}`: what that model's positions are now",
         "`hfpos demo --model FOLDER --text FILE`: the same with a model and a text of your own",
         "`hfpos schemes`, and the catalogue in README.md: every scheme, its paper, and where it works",
     ]

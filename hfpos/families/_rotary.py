@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hfpos.configuration import reloads_equal
 from hfpos.families._family import Family
-from hfpos.families._rotary_module import RotarySwap, fix, frequency_names, scaling_name
+from hfpos.families._rotary_module import RotarySwap, check_obeys, find_convention, fix, frequency_names, scaling_name
 from hfpos.plan import Hook
 from hfpos.positions import MaskedPositionIds, PositionHook, TruePositions
-from hfpos.rotation import CONVENTIONS, cos_sin, inverse_frequencies, rotate
+from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.dynamic import Dynamic
 from hfpos.schemes.longrope import as_divisors
@@ -223,7 +221,7 @@ class RotaryDecoder(Family):
             raise PatchError(
                 f"{type(self.model).__name__} does not say which of its layers are of type {self.layer_type!r}, which the score seam must know"
             )
-        return self._convention(), self.layer_type
+        return find_convention(self.decoder, self._build(self.config), self.layer_type), self.layer_type
 
     def layer_edits(self, hook: PositionHook) -> list[Edit]:
         edits: list[Edit] = [
@@ -274,36 +272,9 @@ class RotaryDecoder(Family):
 
     def _swap(self, rotary: Any) -> list[Edit]:
         """The edit that puts the fixed `rotary` in, once its forward has shown that it goes by its frequencies."""
-        for name in frequency_names(rotary):
-            angles = 3 * getattr(rotary, name)
-            expected = (angles.cos() * getattr(rotary, scaling_name(name))).sort().values
-            found = self._cos(rotary, name, 3).sort().values
-            times = found.numel() // expected.numel()
-            if found.numel() % expected.numel() or not torch.allclose(
-                found, expected.repeat_interleave(times), atol=1e-5
-            ):
-                raise PatchError(
-                    f"{type(self.rotary).__name__} does not go by its frequencies alone; hfpos cannot put others into it"
-                )
+        check_obeys(rotary, type(self.rotary).__name__)
         self.new_rotary = rotary
         return [RotarySwap(self.decoder, self.rotary_name, self.rotary, rotary, self.config)]
-
-    @torch.no_grad()
-    def _cos(self, rotary: Any, name: str, position: int) -> torch.Tensor:
-        """The cos that a rotary module on the CPU gives at one position, in its own layout: one dimension, float32."""
-        kind = [] if name == "inv_freq" else [name.removesuffix("_inv_freq")]
-        try:
-            table = rotary(torch.zeros(1, 1, 1), torch.tensor([[position]]), *kind)
-        except Exception as error:
-            raise PatchError(
-                f"{type(self.rotary).__name__} could not be tried out ({type(error).__name__}: {error}); hfpos cannot scale it"
-            ) from error
-        cos = table[0] if isinstance(table, tuple) else table.real if table.is_complex() else None
-        if cos is None:
-            raise PatchError(
-                f"{type(self.rotary).__name__} gives neither cos and sin nor complex numbers; hfpos cannot scale it"
-            )
-        return cos.flatten().float()
 
     def _check_unscaled(self, config: PreTrainedConfig, geometry: Geometry) -> None:
         unscaled = copy.deepcopy(config)
@@ -316,29 +287,3 @@ class RotaryDecoder(Family):
                 f"the unscaled frequencies of {type(self.rotary).__name__} are not theta ** (-2 i / d) with theta={geometry.theta:g}, "
                 f"d={geometry.rotary_dim}; a scaling has no meaning for them"
             )
-
-    def _convention(self) -> str:
-        """Whether the family's own rotation pairs halves or neighbours, found by rotating a random vector both ways."""
-        apply = getattr(sys.modules[type(self.decoder).__module__], "apply_rotary_pos_emb", None)
-        rotary = self._build(self.config)
-        inv_freq, scale = getattr(rotary, self.buffer).float(), getattr(rotary, scaling_name(self.buffer))
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 1, 3, 2 * inv_freq.numel(), generator=generator)
-        positions = torch.arange(3)[None]
-        expected = cos_sin(positions, inv_freq, scale)
-        try:
-            table = rotary(x[0], positions, *([self.layer_type] if self.layer_type else []))
-            one_by_one = list(inspect.signature(apply).parameters)[1] == "cos"  # type: ignore[arg-type]
-            turned = apply(x, *table) if one_by_one else apply(x, x, *table)[0]  # type: ignore[misc]
-        except Exception as error:
-            raise PatchError(
-                f"the rotation of {type(self.model).__name__} cannot be taken over by the score seam ({error}); use a scheme of the "
-                "freq seam, e.g. cache='pinned' with a target_length"
-            ) from error
-        for convention in CONVENTIONS:
-            if torch.allclose(turned, rotate(x, *expected, convention=convention), atol=1e-5):
-                return convention
-        raise PatchError(
-            f"{type(self.model).__name__} pairs the rotated dimensions neither by halves nor by neighbours; the score seam cannot take its "
-            "rotation over. Use a scheme of the freq seam, e.g. cache='pinned' with a target_length"
-        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ import torch
 
 from hfpos.constant import Constant
 from hfpos.plan import Swap
+from hfpos.rotation import CONVENTIONS, cos_sin, rotate
+from hfpos.scheme import PatchError
 
 
 if TYPE_CHECKING:
@@ -88,3 +92,58 @@ class RotarySwap(Swap):
                 computed = type(self.old)(self.config)
             for name, buffer in computed.named_buffers():
                 setattr(self.old, name, buffer.to(getattr(self.new, name).device))
+
+
+@torch.no_grad()
+def check_obeys(rotary: Any, name: str) -> None:
+    """Raise `PatchError` unless the cos that a module on the CPU gives is that of its frequencies, whatever their layout."""
+    for buffer in frequency_names(rotary):
+        kind = [] if buffer == "inv_freq" else [buffer.removesuffix("_inv_freq")]
+        try:
+            table = rotary(torch.zeros(1, 1, 1), torch.tensor([[3]]), *kind)
+        except Exception as error:
+            raise PatchError(
+                f"{name} could not be tried out ({type(error).__name__}: {error}); hfpos cannot put other frequencies into it"
+            ) from error
+        cos = table[0] if isinstance(table, tuple) else table.real if table.is_complex() else None
+        if cos is None:
+            raise PatchError(
+                f"{name} gives neither cos and sin nor complex numbers; hfpos cannot put other frequencies into it"
+            )
+        found = cos.flatten().float().sort().values
+        expected = ((3 * getattr(rotary, buffer)).cos() * getattr(rotary, scaling_name(buffer))).sort().values
+        times, rest = divmod(found.numel(), expected.numel())
+        if rest or not torch.allclose(found, expected.repeat_interleave(times), atol=1e-5):
+            raise PatchError(f"{name} does not go by its frequencies alone; hfpos cannot put others into it")
+
+
+def find_convention(decoder: nn.Module, rotary: Any, layer_type: str | None) -> str:
+    """Whether a family's own rotation pairs halves or neighbours, found by rotating a random vector both ways.
+
+    Args:
+        decoder: its module is where the family's `apply_rotary_pos_emb` is.
+        rotary: a module of the family, on the CPU.
+        layer_type: the type of layer to ask it for; None where it knows only one.
+    """
+    apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    buffer = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+    inv_freq, scale = getattr(rotary, buffer).float(), getattr(rotary, scaling_name(buffer))
+    x = torch.randn(1, 1, 3, 2 * inv_freq.numel(), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(3)[None]
+    try:
+        table = rotary(x[0], positions, *([layer_type] if layer_type else []))
+        one_by_one = list(inspect.signature(apply).parameters)[1] == "cos"  # type: ignore[arg-type]
+        turned = apply(x, *table) if one_by_one else apply(x, x, *table)[0]  # type: ignore[misc]
+    except Exception as error:
+        raise PatchError(
+            f"the rotation of {type(decoder).__name__} cannot be taken over by the score seam ({error}); use a scheme of the freq seam, "
+            "e.g. cache='pinned' with a target_length"
+        ) from error
+    cos, sin = cos_sin(positions, inv_freq, scale)
+    for convention in CONVENTIONS:
+        if torch.allclose(turned, rotate(x, cos, sin, convention), atol=1e-5):
+            return convention
+    raise PatchError(
+        f"{type(decoder).__name__} pairs the rotated dimensions neither by halves nor by neighbours; the score seam cannot take its rotation "
+        "over. Use a scheme of the freq seam, e.g. cache='pinned' with a target_length"
+    )
