@@ -126,6 +126,11 @@ class MaskedPositionIds:
 
 def masked_positions(mask: torch.Tensor, past: int | torch.Tensor, tokens: int) -> torch.Tensor:
     """Positions (B, tokens) of the tokens after the first `past` under a mask (B, >= past + tokens) that is 0 where there is padding."""
+    if isinstance(past, int) and mask.shape[-1] < past + tokens:
+        raise PatchError(
+            f"the attention_mask covers {mask.shape[-1]} tokens; expected one entry for each of the {past} tokens in the cache and the "
+            f"{tokens} of this call"
+        )
     index = torch.arange(tokens, device=mask.device) + past
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, index]
 

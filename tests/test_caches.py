@@ -177,16 +177,16 @@ def test_rows_of_a_cache_can_be_repeated_and_reordered(pair: Pair, kind: str) ->
     else:
         _, cache = in_steps(model, ids[:, :prompt], mask, [prompt])
         cache.batch_repeat_interleave(2)
-    ends = tokens(4, 8, seed=7)
+    ends = tokens(4, LENGTH - prompt, seed=7)
     whole = torch.cat((ids[several, :prompt], ends), dim=1)
-    first, _ = in_steps(model, ends[:, :4], mask[several], [1] * 4, cache)
-    expected, _ = in_steps(model, whole, mask[several], [prompt, *[1] * 8])
-    assert difference(first, expected[:, prompt:-4]) < 5e-5
+    first, _ = in_steps(model, ends[:, :3], mask[several], [1] * 3, cache)
+    expected, _ = in_steps(model, whole, mask[several], [prompt, *[1] * 6])
+    assert difference(first, expected[:, prompt:-3]) < 5e-5
     cache.reorder_cache(beams)
-    second, _ = in_steps(model, ends[:, 4:], mask[several], [1] * 4, cache)
-    whole = torch.cat((whole[beams, :-4], ends[:, 4:]), dim=1)
-    expected, _ = in_steps(model, whole, mask[several], [prompt, *[1] * 8])
-    assert difference(second, expected[:, -4:]) < 5e-5
+    second, _ = in_steps(model, ends[:, 3:], mask[several], [1] * 3, cache)
+    whole = torch.cat((whole[beams, :-3], ends[:, 3:]), dim=1)
+    expected, _ = in_steps(model, whole, mask[several], [prompt, *[1] * 6])
+    assert difference(second, expected[:, -3:]) < 5e-5
 
 
 @pytest.mark.parametrize("pair", WAYS, ids=str)
@@ -256,3 +256,13 @@ def test_exact_caches_hold_unrotated_keys(model_type: str) -> None:
     keys = model(torch.full((1, 9), 7), use_cache=True).past_key_values.layers[layer].keys
     if layer == 0:
         assert difference(keys, keys[:, :, :1].expand_as(keys)) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", "bloom"])
+@torch.no_grad()
+def test_a_mask_that_leaves_the_cache_out_is_refused(model_type: str) -> None:
+    model = hfpos.patch(unpatched(model_type), "nope")
+    _, cache = in_steps(model, tokens(1, 20), None, [20])
+    step = tokens(1, 1)
+    with pytest.raises(hfpos.PatchError, match="covers 1 tokens; expected one entry for each of the 20 tokens in the cache"):
+        model(step, attention_mask=torch.ones_like(step), past_key_values=cache)
