@@ -255,17 +255,15 @@ class PositionHook:
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.dtype)
 
     def _call(self, module: nn.Module, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int) -> Call:
-        rotation, total = None, past + positions.shape[-1]
+        rotation = None
         if self.rotation is not None:
             cos, sin = self.rotation(positions)
             rotation = cos[:, None], sin[:, None]
         if self.seam is None:  # attention needs no positions of earlier keys
-            return Call(None, positions, positions, total, rotation=rotation)
+            return Call(None, positions, positions, past + positions.shape[-1], rotation=rotation)
         self.seam.check_backend(module)
         record: CacheRecord | None = getattr(cache, CACHE_RECORD, None)
-        k_positions = positions
-        if cache is not None:
-            k_positions = self._key_positions(positions, mask, cache, past, record, batch)
+        k_positions, total = self._keys(positions, mask, cache, past, record, batch)
         lengths = self._prompt_lengths(positions, past, record, batch) if self.pins_prompt else None
         return Call(self.seam, positions, k_positions, total, lengths, rotation)
 
@@ -278,22 +276,22 @@ class PositionHook:
         known = _rows(record.lengths, batch).to(positions.device)
         return torch.where(past == 0, lengths, known) if isinstance(past, torch.Tensor) else known
 
-    def _key_positions(
+    def _keys(
         self, positions: torch.Tensor, mask: Any, cache: Any, past: Any, record: CacheRecord | None, batch: int
-    ) -> torch.Tensor:
-        """Positions (B, K) of all keys: those the cache was filled with and those of this call."""
-        static = getattr(cache, "is_compileable", False) and not any(getattr(cache, "is_sliding", [True]))
-        if not static:
-            if isinstance(past, int) and past == 0:
-                return positions
+    ) -> tuple[torch.Tensor, int | torch.Tensor]:
+        """Positions (B, K) of all keys, those the cache was filled with and those of this call, and how many they are."""
+        tokens = positions.shape[-1]
+        # A static cache has room for keys to come. One whose first layer slides counts in Python, though, and needs no room here.
+        if not getattr(cache, "is_compileable", False) or cache.is_sliding[0]:
+            if cache is None or (isinstance(past, int) and past == 0):
+                return positions, tokens
             before = self._known(record, mask, past, batch, positions.device)[:, :past]
             rows = max(before.shape[0], positions.shape[0])
-            return torch.cat((before.expand(rows, -1), positions.expand(rows, -1)), dim=-1)
-        room = cache.get_max_length()
-        before = self._known(record, mask, room, batch, positions.device)
+            return torch.cat((before.expand(rows, -1), positions.expand(rows, -1)), dim=-1), past + tokens
+        before = self._known(record, mask, cache.get_max_length(), batch, positions.device)
         rows = max(before.shape[0], positions.shape[0])
-        index = torch.arange(positions.shape[-1], device=positions.device) + past
-        return before.expand(rows, -1).index_copy(1, index, positions.expand(rows, -1))
+        index = torch.arange(tokens, device=positions.device) + past
+        return before.expand(rows, -1).index_copy(1, index, positions.expand(rows, -1)), index[-1] + 1
 
     @staticmethod
     def _known(record: CacheRecord | None, mask: Any, length: int, batch: int, device: torch.device) -> torch.Tensor:

@@ -87,8 +87,18 @@ class Counter:
 @pytest.mark.parametrize("pair", DECODING, ids=str)
 @torch.no_grad()
 def test_decoding_with_a_static_cache_compiles_a_few_times_only(pair: Pair) -> None:
-    model, counter = model_of(pair), Counter()
-    ids = tokens(1, LENGTH)
+    check_decoding(model_of(pair))
+
+
+@torch.no_grad()
+def test_decoding_where_a_layer_with_a_window_follows_one_without() -> None:
+    (pair,) = chosen("gemma3_text-alibi")
+    check_decoding(pair.model(layer_types=["full_attention", "sliding_attention"]))
+
+
+def check_decoding(model: PreTrainedModel) -> None:
+    """Compile the prompt and the steps behind it, with a static cache."""
+    ids, counter = tokens(1, LENGTH), Counter()
     cache, expected = (StaticCache(model.config, max_cache_len=LENGTH) for _ in range(2))
     shapes = model(ids[:, :1]).past_key_values.layers[0].keys.shape
     cache.early_initialization(1, shapes[1], shapes[3], torch.float32, torch.device("cpu"))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def loss_of(model, rank):
 def rank_main(folder):
     """What each process does: two steps of forward and backward, and the gradients of the second."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank = torch.distributed.get_rank()
     for name, pair in PAIRS.items():
         model = torch.nn.parallel.DistributedDataParallel(pair.model().train())
@@ -39,13 +40,16 @@ def rank_main(folder):
             loss.backward()
         gradients = {key: weight.grad for key, weight in model.module.named_parameters() if weight.grad is not None}
         torch.save((loss.item(), gradients), f"{folder}/{name}-{rank}.pt")
+    torch.distributed.barrier()  # neither rank leaves while the other still talks to it
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __name__, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, *run], env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, *run], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     for name, pair in PAIRS.items():
         model = pair.model().train()
