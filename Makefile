@@ -5,8 +5,9 @@ EXTRAS := test,plot,peft
 
 .PHONY: demo test test-slow check style bench matrix
 
+# PASSIVE: threads that wait must not take the cores from whatever else runs
 demo: .venv/.ready  ## train, patch and measure a small model on real text
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/hfpos demo  # threads that wait must not take the cores from whatever else runs
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hfpos demo
 
 test: .venv/.ready  ## everything that needs neither a GPU nor minutes
 	$(BIN)/pytest -n auto -m "not slow and not gpu"
