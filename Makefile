@@ -1,12 +1,12 @@
 # Every target makes .venv by itself, from the exact versions in .ci/constraints.txt; only python3, git and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := test,plot,peft
+EXTRAS := test,plot,peft,data,lm-eval
 
 .PHONY: demo test test-slow check style bench matrix
 
 # PASSIVE: threads that wait must not take the cores from whatever else runs
-demo: .venv/.ready  ## train, patch and measure a small model on real text
+demo: .venv/.demo  ## train, patch and measure a small model on real text
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/hfpos demo
 
 test: .venv/.ready  ## everything that needs neither a GPU nor minutes
@@ -30,7 +30,9 @@ bench: .venv/.ready
 matrix: .venv/.ready  ## what every seam can do on every model class, written into README.md
 	$(BIN)/python -m hfpos.bench.conformance --write README.md
 
-.venv/.ready: pyproject.toml .ci/constraints.txt
+# what the demo needs is a good deal less than what the tests need
+.venv/.demo: EXTRAS := plot
+.venv/.demo .venv/.ready: pyproject.toml .ci/constraints.txt
 	@echo "setting up .venv (the first time takes some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' -c .ci/constraints.txt

@@ -57,6 +57,8 @@ def from_pretrained(path: str | os.PathLike, *, base_model: Any = None, **kwargs
         raise PatchError(
             f"base_model= was given, but {path} holds no adapter_config.json; it is for PEFT adapters only"
         )
+    if "gguf_file" in kwargs:  # llama.cpp's format holds its own config, and no scheme of ours
+        return _load_weights(transformers.AutoModelForCausalLM, path, kwargs)
     values = _read_json(path, "config.json", hub)
     if values is None:
         raise PatchError(
@@ -102,8 +104,10 @@ def load_skeleton(path: str | os.PathLike) -> Any:
     return model if scheme is None else patch(model, scheme, prove=False)
 
 
-def load_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer of a saved folder or hub name, None if it has none."""
+def load_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a saved folder or hub name, or of a GGUF file in it; None if it has none."""
+    if gguf_file is not None:
+        return transformers.AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
     if _read_json(path, "tokenizer_config.json", {}) is None:
         return None
     return transformers.AutoTokenizer.from_pretrained(path)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hfpos.evaluate import commands
 from hfpos.scheme import PatchError
 
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+commands.add_to(app)
 SCHEME_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -62,12 +64,19 @@ def patch(
 def describe(
     src: Annotated[str, typer.Argument(help="Folder or hub name of a model or PEFT adapter.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw its rotary wavelengths into this file too: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
     """Show which positions a saved model has. Reads its config only, no weights."""
     import hfpos
     from hfpos.checkpoint import load_skeleton
+    from hfpos.report.plots import plot_wavelengths
 
-    description = hfpos.describe(load_skeleton(src))
+    skeleton = load_skeleton(src)
+    description = hfpos.describe(skeleton)
+    if plot is not None:
+        plot_wavelengths(skeleton, plot)
     typer.echo(json.dumps(dataclasses.asdict(description), indent=2) if as_json else str(description))
 
 
@@ -133,7 +142,7 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="`overhead`, `bloom` or `all`.")] = "all",
+    name: Annotated[str, typer.Argument(help="`overhead`, `bloom`, `eval` or `all`.")] = "all",
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
 ) -> None:
     """Measure hfpos against stock Transformers, side by side in one run; prints ratios."""

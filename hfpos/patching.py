@@ -205,17 +205,24 @@ def can_run(model: nn.Module) -> bool:
 def _probe(family: Family, positions: list[int] | None) -> torch.Tensor:
     """The logits (8, vocabulary) of eight tokens, float32, without a trace: modes and remembered lengths are put back."""
     model: Any = family.model
-    modes = {module: module.training for module in model.modules()}
-    states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]
-    model.eval()
-    try:
-        for module, attributes in states:
-            module._buffers = copy.deepcopy(attributes["_buffers"])
+    with without_trace(family):
         embedding = model.get_input_embeddings()
         device = embedding.weight.device if not embedding.weight.is_meta else torch.device("cpu")
         ids = torch.arange(8, device=device)[None] * 7 % embedding.weight.shape[0]
         given = {} if positions is None else {"position_ids": torch.tensor([positions], device=device)}
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)[0][0].float().cpu()
+
+
+@contextlib.contextmanager
+def without_trace(family: Family) -> Iterator[None]:
+    """Run the model in eval mode and leave it as it was: its modes, and what its modules remember from call to call."""
+    modes = {module: module.training for module in family.model.modules()}
+    states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]
+    family.model.eval()
+    try:
+        for module, attributes in states:
+            module._buffers = copy.deepcopy(attributes["_buffers"])
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

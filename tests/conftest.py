@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,9 @@ class _DeprecationsFail(logging.Handler):
         if "deprecated" in message.lower() or "will be removed" in message.lower():
             raise AssertionError(f"Transformers logged a deprecation: {message}")
 
+
+_CACHE = tempfile.TemporaryDirectory(prefix="hfpos-tests-")
+os.environ["HFPOS_CACHE"] = _CACHE.name  # never the user's own
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

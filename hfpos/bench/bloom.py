@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
-import time
 from typing import Any
 
-import psutil
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 import hfpos
+from hfpos.bench.memory import peak_bytes
 from hfpos.bench.timing import in_turn, ratio
 
 
@@ -36,7 +34,7 @@ def run() -> dict[str, Any]:
             "patched": lambda: patched.transformer(ids, use_cache=False).last_hidden_state,
         }
         seconds = in_turn(calls, rounds=5)
-        peaks = {name: _peak_bytes(call) for name, call in calls.items()}
+        peaks = {name: peak_bytes(call) for name, call in calls.items()}
         exact, float32 = (calls[name]() for name in ("stock", "patched"))
         halves = {
             "stock": copy.deepcopy(stock).bfloat16(),
@@ -56,25 +54,3 @@ def run() -> dict[str, Any]:
         "bfloat16_relative_distance_to_float32": {name: round(value, 5) for name, value in distance.items()},
         "bfloat16_distance_patched_over_stock": round(distance["patched"] / distance["stock"], 3),
     }
-
-
-def _peak_bytes(call: Any) -> int:
-    """How far the process's resident memory rises above its start during `call`, in bytes, sampled every millisecond."""
-    process, done = psutil.Process(), threading.Event()
-    start = process.memory_info().rss
-    peak = start
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        call()
-    finally:
-        done.set()
-        watcher.join()
-    return max(peak - start, 1)

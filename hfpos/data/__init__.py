@@ -9,11 +9,15 @@ from hfpos.data.corpus import (
     tokenize,
     train_tokenizer,
 )
+from hfpos.data.documents import DocumentSet, TokenizedDocument, load_documents
 
 
 __all__ = [
     "Document",
+    "DocumentSet",
+    "TokenizedDocument",
     "blocks",
+    "load_documents",
     "read_documents",
     "split_documents",
     "standard_library",

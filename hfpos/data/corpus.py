@@ -10,7 +10,8 @@ import os
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,27 +65,49 @@ def standard_library(min_characters: int = 4_000) -> list[Document]:
     return documents
 
 
-def read_documents(path: str | Path) -> list[Document]:
-    """Read the user's text: one document a file, or one a line of JSON lines.
+def read_documents(path: str | Path, text_column: str = "text") -> list[Document]:
+    """Read the user's text: one document a file, or one a line of JSON lines. Empty ones are left out.
 
     Args:
-        path: a .txt, .md, .rst or .py file (UTF-8); a .jsonl or .jsonl.gz file whose rows have a "text" field; or
-            a folder, which is searched for all of these.
+        path: a .txt, .md, .rst or .py file (UTF-8); a .jsonl or .jsonl.gz file whose rows have a text field; or a
+            folder, which is searched for all of these.
+        text_column: the text field of JSON lines.
 
     Raises:
         PatchError: nothing there, nothing readable there, or a row without text.
+    """
+    documents = []
+    for name, text in iterate_files(path, text_column):
+        if isinstance(text, PatchError):
+            raise text
+        if text.strip():
+            documents.append(Document(name, text))
+    if not documents:
+        known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
+        raise PatchError(f"no text in {path}; expected at least one non-empty document ({known})")
+    return documents
+
+
+def iterate_files(path: str | Path, text_column: str = "text") -> Iterator[tuple[str, str | PatchError]]:
+    """Yield name and text of everything `read_documents` finds; where a text cannot be had, the error stands in its place.
+
+    Raises:
+        PatchError: nothing there.
     """
     path = Path(path)
     if not path.exists():
         raise PatchError(f"no text at {path}; expected a file or a folder: check the path")
     files = _files_in(path, PLAIN_SUFFIXES + JSONL_SUFFIXES) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
-    documents = [document for file in files for document in _read_file(file, file.relative_to(root).as_posix())]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
-        raise PatchError(f"no text in {path}; expected at least one non-empty document ({known})")
-    return documents
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        try:
+            yield from _read_file(file, name, text_column)
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            yield (
+                name,
+                PatchError(f"cannot read {file} ({error}); expected UTF-8 text: convert the file, or leave it out"),
+            )
 
 
 def split_documents(
@@ -181,34 +204,29 @@ def _text_share(text: str) -> float:
     return len(re.sub(r"[^A-Za-z\s]+", "", text)) / len(text)
 
 
-def _read_file(path: Path, name: str) -> list[Document]:
-    if not path.name.endswith(PLAIN_SUFFIXES + JSONL_SUFFIXES):
-        raise PatchError(
-            f"cannot read {path} as text; expected a file that ends in {', '.join(PLAIN_SUFFIXES + JSONL_SUFFIXES)}"
-        )
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if path.name.endswith(PLAIN_SUFFIXES):
-                return [Document(name, file.read())]
-            return [
-                Document(f"{name}:{number}", _row_text(path, number, line))
-                for number, line in enumerate(file, 1)
-                if line.strip()
-            ]
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise PatchError(
-            f"cannot read {path} ({error}); expected UTF-8 text: convert the file, or leave it out"
-        ) from error
+def _read_file(path: Path, name: str, text_column: str) -> Iterator[tuple[str, str | PatchError]]:
+    if path.name.endswith(PLAIN_SUFFIXES):
+        yield name, path.read_text(encoding="utf-8")
+    elif path.name.endswith(JSONL_SUFFIXES):
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rb") as file:  # bytes, so that one broken line does not take its neighbours along
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{name}:{number}", _row_text(path, number, line, text_column)
+    else:
+        known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
+        yield name, PatchError(f"cannot read {path} as text; expected a file that ends in {known}")
 
 
-def _row_text(path: Path, number: int, line: str) -> str:
+def _row_text(path: Path, number: int, line: bytes, text_column: str) -> str | PatchError:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return PatchError(f"cannot read {path} line {number} ({error}); expected UTF-8 text: convert the file")
     except json.JSONDecodeError as error:
-        raise PatchError(f"{path} line {number} is not JSON ({error}); expected one JSON object a line") from error
-    text = row.get("text") if isinstance(row, dict) else None
+        return PatchError(f"{path} line {number} is not JSON ({error}); expected one JSON object a line")
+    text = row.get(text_column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = f"the fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise PatchError(f'{path} line {number} has {found}; expected an object with a string field "text"')
+        return PatchError(f'{path} line {number} has {found}; expected an object with a string field "{text_column}"')
     return text

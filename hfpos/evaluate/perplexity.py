@@ -1,82 +1,89 @@
 """Perplexity of a causal model against context length, every token scored once."""
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from __future__ import annotations
 
-import torch
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
-from torch.nn import functional as F
 
+from hfpos.data.documents import TokenizedDocument
 from hfpos.describe import describe
+from hfpos.evaluate.arguments import (
+    bos_id,
+    check_choices,
+    check_documents,
+    check_lengths,
+    check_reach,
+    depends_on_length,
+    strides,
+)
+from hfpos.evaluate.journal import Journal, Tallies, digest, fingerprint
+from hfpos.evaluate.measurement import Measurement
+from hfpos.evaluate.processes import gather, is_main, is_sharded, share
+from hfpos.evaluate.result import PerplexityResult, Skipped
+from hfpos.evaluate.scoring import TokenScorer
+from hfpos.evaluate.tally import bucket_edges, score
+from hfpos.evaluate.windows import Bos, Window, sliding, truncated
 from hfpos.patching import language_model
 from hfpos.scheme import PatchError
-
-
-@dataclass(frozen=True)
-class LengthScore:
-    """What was measured at one context length; `nll` is the mean over tokens, in nats, and `perplexity` its exp."""
-
-    perplexity: float
-    nll: float
-    tokens: int
-    documents: int
-
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """Scores by context length, shortest first; `str()` is a table."""
-
-    by_length: dict[int, LengthScore]
-
-    def __str__(self) -> str:
-        lines = [f"{'length':>8} {'perplexity':>11} {'nll':>8} {'tokens':>10} {'documents':>10}"]
-        for length, score in self.by_length.items():
-            lines.append(
-                f"{length:>8} {score.perplexity:>11.4g} {score.nll:>8.4f} {score.tokens:>10,} {score.documents:>10,}"
-            )
-        return "\n".join(lines)
+from hfpos.version import __version__
 
 
 def perplexity(
     model: nn.Module,
-    documents: Sequence[Sequence[int] | torch.Tensor],
+    documents: Any,
     lengths: Sequence[int],
+    stride: int | Literal["window"] | None = None,
     *,
-    bos: Literal["none", "every-window"] = "none",
+    bos: Bos = "none",
     bos_token_id: int | None = None,
-    batch_size: int = 1,
-    chunk: int = 1024,
+    aggregate: Literal["tokens", "windows"] = "tokens",
+    tokenizer: Any = None,
+    batch_size: int | Literal["auto"] = "auto",
+    chunk: int | None = None,
+    skip_bad: bool = False,
+    resume: str | Path | None = None,
+    seed: int = 0,
     progress: bool = False,
 ) -> PerplexityResult:
-    """Measure perplexity on the first L tokens of each document, for every requested length L.
+    """Measure the perplexity of a model at several context lengths.
 
-    The perplexity is exp(sum of negative log-likelihoods / tokens scored), over all documents of at least L tokens;
-    shorter ones do not count for that L. The first token has nothing before it and is not scored.
+    The perplexity is exp(sum of negative log-likelihoods / tokens scored), over all documents of at least L tokens; shorter ones do
+    not count for that L. A token with nothing before it is not scored.
 
-    A causal model whose positions do not depend on the total length is run once per document, at the longest
-    length, and every shorter one is a prefix sum of that run. A model whose positions do depend on it (`dynamic`,
-    `longrope`) is run once per length.
+    With `stride=None` (the truncated protocol), the first L tokens of each document are read. A causal model whose positions do not depend
+    on the total length is run once per document, at the longest length, and every shorter one is a prefix sum of that run. A model whose
+    positions do depend on it (`dynamic` or `longrope` as stock Transformers has them, `cache="pinned"`) is run once per length.
+    With a stride, windows of L tokens slide over each whole document; each token is scored once, in the first window that holds it.
+
+    Under `accelerate launch` the documents are divided among the processes, and each of them returns the whole result.
 
     Args:
-        model: a Transformers causal language model, patched or not, or a wrapper around one (PEFT). It is put in
-            eval mode for the measurement.
-        documents: token ids, one list or 1-D tensor a document.
-        lengths: context lengths in tokens, 2 or more.
-        bos: "every-window" puts the BOS token before each document that does not start with it (it then counts as
-            the first of the L tokens); "none" scores the ids as they are given.
-        bos_token_id: the BOS token for `bos="every-window"`; default: the one in the model's config.
-        batch_size: documents run together. It changes speed and memory, not the result.
-        chunk: tokens whose logits exist at one time, so memory does not grow with length x vocabulary. Longer
-            inputs go through the KV cache in pieces of this size.
+        model: a Transformers causal language model, patched or not, or a wrapper around one (PEFT). It is put in eval mode for the
+            measurement.
+        documents: token ids, one list or 1-D tensor a document; or what `hfpos.data.load_documents` returns; or, with `tokenizer`,
+            anything it reads: a text file, JSON lines, a folder, a data set or its text column, a list of texts.
+        lengths: context lengths in tokens, 2 or more, BOS included.
+        stride: tokens by which the window moves, at most the shortest length; "window" for disjoint windows; None for no windows.
+        bos: "every-window" puts the BOS token in front of every window, "first" of each document, unless it stands there; "none" scores
+            the ids as they are given.
+        bos_token_id: default: the one in the model's config.
+        aggregate: "tokens" weighs every token alike. "windows" gives exp(mean of the windows' mean losses), as older published tables have it.
+        tokenizer: the model's, for documents that are text.
+        batch_size: rows run together; "auto" starts high and halves when memory runs out. It changes speed and memory, not the result.
+        chunk: tokens that go through the model at a time, the earlier ones read from the KV cache; chosen by length unless given.
+        skip_bad: go on past documents that are too short, have foreign ids or a loss that is not finite; they are listed in the result.
+        resume: folder of a journal; documents finished in an earlier, killed run of the same measurement are not run again.
+        seed: of the bootstrap for the standard error.
         progress: show a progress bar on stderr.
 
     Raises:
-        PatchError: a length no document reaches, ids outside the vocabulary, a loss that is not finite, ...
+        PatchError: a length no document reaches or the model cannot take, ids outside the vocabulary, a loss that is not finite, ...
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -86,169 +93,84 @@ def perplexity(
     >>> [(length, score.tokens, score.documents) for length, score in result.by_length.items()]
     [(8, 14, 2), (32, 31, 1)]
     """
-    if batch_size < 1 or chunk < 1:
-        raise PatchError(f"batch_size={batch_size}, chunk={chunk}: expected 1 or more for both")
-    language = language_model(model)
-    if language.get_output_embeddings() is None:
-        raise PatchError(
-            f"{type(language).__name__} has no language modelling head; load it with AutoModelForCausalLM"
-        )
-    rows = _check_documents(documents, vocabulary=language.config.get_text_config().vocab_size)
-    if bos == "every-window":
-        rows = _with_bos(rows, _bos_id(language.config.get_text_config().bos_token_id, bos_token_id))
-    elif bos != "none" or bos_token_id is not None:
-        raise PatchError(
-            f'bos={bos!r}, bos_token_id={bos_token_id}: expected bos="every-window", with or without an id, or '
-            'bos="none" without'
-        )
-    lengths = _check_lengths(lengths, longest=max(len(row) for row in rows))
-    length_dependent = _check_positions(model, longest=lengths[-1])
-    runs = _plan_runs(rows, lengths, every_length=length_dependent)
+    check_choices(batch_size, chunk, bos, bos_token_id, aggregate)
+    wanted = check_lengths(lengths)
+    steps = strides(stride, wanted)
+    bos_token = bos_id(model, bos, bos_token_id)
+    every_length = depends_on_length(model, wanted[-1])
+    with _eval_mode(model):
+        scorer = TokenScorer(model, chunk, every_length)
+        rows, skipped = check_documents(documents, tokenizer, scorer.vocabulary, skip_bad)
+        rows, short = check_reach(rows, wanted, bos_token, skip_bad)
+        plans = [_plan(row, wanted, steps, bos, bos_token, every_length) for row in rows]
+        edges = {length: bucket_edges(length, [*wanted, *_trained_length(model)]) for length in wanted}
+        measurement = Measurement(scorer, rows, plans, edges, bos_token, batch_size, skip_bad)
+        found, bad = _divided(measurement, resume, (edges, steps, bos, bos_token, every_length), progress)
+    skipped += [*short, *bad]
+    by_length = {}
+    for length in wanted:
+        tallies = [found[index][length] for index in sorted(found) if length in found[index]]
+        if not tallies:
+            raise PatchError(
+                f"every document of length {length} was skipped; the first: {skipped[0].document}: {skipped[0].reason}"
+            )
+        by_length[length] = score(tallies, edges[length], aggregate, seed)
+    return PerplexityResult(by_length, tuple(skipped))
 
-    sums = dict.fromkeys(lengths, 0.0)
-    counts = dict.fromkeys(lengths, 0)
+
+def _divided(
+    measurement: Measurement, resume: str | Path | None, protocol: tuple, progress: bool
+) -> tuple[dict[int, Tallies], list[Skipped]]:
+    """Run this process's share of the documents; everybody's tallies by document, and everybody's bad documents."""
+    model = measurement.scorer.model
+    if resume is not None and is_sharded(model):
+        raise PatchError("resume= does not work for a model whose weights lie in shards; leave it out")
+    process, processes = share(model)
+    journal = Journal(resume, digest(__version__, fingerprint(model), protocol) if resume else "", process)
+    sizes = [sum(window.tokens for window in plan) for plan in measurement.plans]
+    order = sorted(
+        range(len(sizes)), key=lambda index: -sizes[index]
+    )  # the longest first: memory runs out early, if it does
+    error = None
+    try:
+        with Progress(console=Console(stderr=True), disable=not (progress and is_main())) as bar:
+            measurement.run(order[process::processes], journal, bar)
+    except PatchError as caught:
+        error = caught
+    found = gather(list(measurement.found.items()), error, processes)
+    return dict(found), gather(measurement.skipped, None, processes)
+
+
+def _plan(
+    row: TokenizedDocument,
+    lengths: list[int],
+    steps: dict[int, int] | None,
+    bos: Bos,
+    bos_token: int | None,
+    every_length: bool,
+) -> list[Window]:
+    """The windows of one document."""
+    begins = row.ids[:1].tolist() == [bos_token]
+    if steps is None:
+        return truncated(len(row.ids), lengths, bos, begins, every_length)
+    return [window for length, step in steps.items() for window in sliding(len(row.ids), length, step, bos, begins)]
+
+
+def _trained_length(model: nn.Module) -> list[int]:
+    try:
+        length = describe(model).trained_length
+    except PatchError:
+        return []
+    return [] if length is None else [length]
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    language_model(model)  # a clear error where there is none
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task("perplexity", total=sum(length for _, length in runs))
-            for length, batch in _batches(runs, batch_size):
-                served = [length] if length_dependent else [short for short in lengths if short <= length]
-                ids = torch.stack([rows[index][:length] for index in batch]).to(language.device)
-                losses = _token_losses(model, ids, chunk, length_dependent)
-                for short in served:
-                    sums[short] += losses[:, : short - 1].sum().item()
-                    counts[short] += len(batch)
-                bar.advance(task, ids.numel())
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return PerplexityResult({length: _score(length, sums[length], counts[length]) for length in lengths})
-
-
-def _token_losses(model: nn.Module, ids: torch.Tensor, chunk: int, length_dependent: bool) -> torch.Tensor:
-    """Negative log-likelihood of ids[:, 1:] given what stands before: (batch, length) -> (batch, length - 1)."""
-    forward = _logits_whole if length_dependent else _logits_cached
-    targets = ids[:, 1:].split(chunk, dim=1)
-    losses = []
-    with torch.no_grad():
-        for logits, target in zip(forward(model, ids, chunk), targets, strict=True):
-            losses.append(F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none").double().cpu())
-    return torch.cat(losses, dim=1)
-
-
-def _logits_cached(model: nn.Module, ids: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-    """Yield the logits of ids[:, :-1] chunk by chunk, each token run once, earlier chunks read from the KV cache.
-
-    This is the model's own forward, so that what a family does to its logits (soft cap, scale) is never lost.
-    """
-    pieces = ids[:, :-1].split(chunk, dim=1)
-    cache = None
-    for piece in pieces:
-        output = model(input_ids=piece, past_key_values=cache, use_cache=len(pieces) > 1)
-        cache = output.get("past_key_values")
-        if cache is None and len(pieces) > 1:
-            raise PatchError(
-                f"{type(model).__name__} returned no KV cache, so {ids.shape[1]} tokens cannot be run in pieces of "
-                f"{chunk}: expected a model with past_key_values. Use chunk={ids.shape[1]}."
-            )
-        yield output.logits
-
-
-def _logits_whole(model: nn.Module, ids: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-    """Yield the same, always running all of `ids` at once: the total length is part of these models' positions."""
-    for kept in torch.arange(ids.shape[1] - 1, device=ids.device).split(chunk):
-        yield model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
-
-
-def _plan_runs(rows: list[torch.Tensor], lengths: list[int], every_length: bool) -> list[tuple[int, int]]:
-    """Return (document, length to run it at), sorted by length."""
-    runs = []
-    for index, row in enumerate(rows):
-        reached = [length for length in lengths if length <= len(row)]
-        runs += [(index, length) for length in (reached if every_length else reached[-1:])]
-    return sorted(runs, key=lambda run: run[1])
-
-
-def _batches(runs: list[tuple[int, int]], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Group runs of the same length, so that no batch needs padding."""
-    for length, group in groupby(runs, key=lambda run: run[1]):
-        indices = [index for index, _ in group]
-        for start in range(0, len(indices), batch_size):
-            yield length, indices[start : start + batch_size]
-
-
-def _score(length: int, nll_sum: float, documents: int) -> LengthScore:
-    tokens = documents * (length - 1)
-    nll = nll_sum / tokens
-    if not math.isfinite(nll):
-        raise PatchError(
-            f"the loss at length {length} is {nll}, not a finite number; if the model overflows in its dtype, "
-            "load it in float32 or bfloat16"
-        )
-    return LengthScore(
-        perplexity=math.exp(nll) if nll < 700 else math.inf, nll=nll, tokens=tokens, documents=documents
-    )
-
-
-def _check_documents(documents: Sequence[Sequence[int] | torch.Tensor], vocabulary: int) -> list[torch.Tensor]:
-    rows = []
-    for index, document in enumerate(documents):
-        if isinstance(document, (str, int)):
-            raise PatchError(
-                f"document {index} is a {type(document).__name__}: expected a list of token ids for each document. "
-                "Tokenise text first, and put a single document into a list."
-            )
-        row = torch.as_tensor(document).cpu()
-        if row.ndim != 1 or (row.is_floating_point() and len(row)):
-            raise PatchError(f"document {index} is a {row.dtype} of shape {tuple(row.shape)}: expected 1-D integers.")
-        if len(row) and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
-            raise PatchError(
-                f"document {index} has ids from {int(row.min())} to {int(row.max())}: expected 0 to {vocabulary - 1}, "
-                "the model's vocabulary. Was it tokenised with another model's tokenizer?"
-            )
-        rows.append(row.long())
-    if not rows:
-        raise PatchError("no documents; expected at least one list of token ids")
-    return rows
-
-
-def _check_lengths(lengths: Sequence[int], longest: int) -> list[int]:
-    if not lengths or any(isinstance(length, bool) or not isinstance(length, int) or length < 2 for length in lengths):
-        raise PatchError(
-            f"lengths={lengths!r}: expected whole numbers of 2 tokens or more, e.g. lengths=[2048, 4096]."
-        )
-    if max(lengths) > longest:
-        raise PatchError(
-            f"no document reaches length {max(lengths)}: the longest has {longest} tokens. Ask for {longest} at most, "
-            "or give longer documents."
-        )
-    return sorted(set(lengths))
-
-
-def _check_positions(model: nn.Module, longest: int) -> bool:
-    """Return whether the model's positions depend on the total length."""
-    try:
-        found = describe(model)
-    except PatchError:
-        return True  # not a family hfpos knows: one run per length is right for any model
-    if found.scheme == "learned" and found.patched_length is not None and longest > found.patched_length:
-        raise PatchError(
-            f"{found.model} has {found.patched_length} learned positions, {longest} were asked for; patch it to a longer "
-            f'table first: hfpos.patch(model, "learned", target_length={longest})'
-        )
-    return found.length_dependent
-
-
-def _bos_id(of_config: int | None, given: int | None) -> int:
-    found = of_config if given is None else given
-    if found is None:
-        raise PatchError(
-            'bos="every-window", but the config of the model has no bos_token_id; pass bos_token_id=... or bos="none"'
-        )
-    return found
-
-
-def _with_bos(rows: list[torch.Tensor], bos: int) -> list[torch.Tensor]:
-    start = torch.tensor([bos])
-    return [row if row[:1].tolist() == [bos] else torch.cat([start, row]) for row in rows]

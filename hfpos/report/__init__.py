@@ -1,1 +1,1 @@
-"""Making results readable: plots, and the record of what they were measured with."""
+"""Making results readable: tables, pictures and a page of a comparison, and the record of what they were measured with."""

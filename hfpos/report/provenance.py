@@ -2,8 +2,12 @@
 
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +16,12 @@ import hfpos
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, hardware and time as plain JSON values.
+    """Return versions, hardware, time, commit and command as plain JSON values.
 
     >>> sorted(provenance())
-    ['date', 'hardware', 'versions']
+    ['command', 'commit', 'date', 'hardware', 'versions']
     """
-    packages = ("torch", "transformers", "tokenizers", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
     hardware = {
         "machine": platform.machine(),
         "system": platform.platform(),
@@ -32,5 +36,25 @@ def provenance() -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
         },
+        "commit": _commit(),
         "hardware": hardware,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _commit() -> str | None:
+    """The commit of hfpos itself, where it runs from its repository; None where it was installed from a package."""
+    root = Path(hfpos.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

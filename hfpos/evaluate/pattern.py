@@ -1,0 +1,56 @@
+"""What a live model's positions do to attention, as numbers for a plot: wavelengths, and the weight of each distance."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from hfpos.attention.bias import LinearBias
+from hfpos.describe import describe
+from hfpos.families import family_of
+from hfpos.patching import language_model, record_of
+from hfpos.report.results import Pattern
+from hfpos.schemes.alibi import Alibi
+
+
+POINTS = 64
+
+
+def wavelengths(model: nn.Module, length: int) -> tuple[float | None, ...]:
+    """Tokens for one turn of each rotated pair when `length` tokens are read, fastest first; None for a pair that stands still."""
+    return tuple(2 * math.pi / value if value else None for value in _frequencies(model, length)[0])
+
+
+def pattern(model: nn.Module, length: int) -> Pattern | None:
+    """What is done to the logits of keys 1 to `length` tokens away; None where positions do not act inside attention.
+
+    For a rotation with frequencies f (one a pair) and logit multiplier m it is `m * mean(cos(distance * f))`, the logit of a query and a key
+    whose pairs are all alike, with 1 for m = 1 at distance 0; for a bias it is what is added to the logit, which is not the same for all heads.
+    """
+    target = language_model(model)
+    distances = np.unique(np.geomspace(1, max(length - 1, 1), POINTS).round().astype(int))
+    record = record_of(target)
+    scheme = record.scheme if record else Alibi() if describe(model).scheme == "alibi" else None
+    if isinstance(scheme, Alibi):
+        slopes = LinearBias(scheme, family_of(target).geometry().heads).slopes.values
+        bias = scheme.bias(torch.from_numpy(distances)[None], torch.zeros(1, 1, dtype=torch.long), slopes)[0, :, :, 0]
+        rows = bias.min(0).values, bias.median(0).values, bias.max(0).values
+        return Pattern("bias", tuple(distances.tolist()), *(tuple(row.tolist()) for row in rows))
+    inv_freq, multiplier = _frequencies(model, length)
+    if not inv_freq:
+        return None
+    curve = tuple((multiplier * np.cos(np.outer(distances, inv_freq)).mean(1)).tolist())
+    return Pattern("rotation", tuple(distances.tolist()), curve, curve, curve)
+
+
+def _frequencies(model: nn.Module, length: int) -> tuple[list[float], float]:
+    """Radians per token of each rotated pair, and the factor on the logits."""
+    record = record_of(language_model(model))
+    if record is not None and record.scheme.seam == "score":
+        inv_freq, scale = record.scheme.frequencies_at(record.geometry, torch.tensor(length))  # type: ignore[attr-defined]
+        return inv_freq.tolist(), float(scale) ** 2
+    found = describe(model)
+    return [2 * math.pi / wavelength for wavelength in found.wavelengths], found.logit_multiplier

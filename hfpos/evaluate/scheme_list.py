@@ -1,0 +1,94 @@
+"""The schemes of a comparison, as a user writes them: `none,linear,yarn(beta_fast=16)`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from hfpos.scheme import PatchError, Scheme
+from hfpos.schemes import REGISTRY
+
+
+REFERENCE = "none"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One scheme of a comparison; `scheme` None is the model as it was loaded."""
+
+    label: str
+    scheme: Scheme | None
+
+
+def entries(schemes: str | list[str | Scheme], factor: float | None, trained: int | None, longest: int) -> list[Entry]:
+    """The schemes to compare, the unpatched model first.
+
+    Args:
+        schemes: names with or without parameters, separated by commas, or a list of such names and of scheme objects.
+        factor: how far to extend, for every scheme that does not say so itself; longest / trained unless given. A scheme that takes a
+            target length instead gets `factor` times the trained length.
+        trained: the model's trained length in tokens, None where it is not stated.
+        longest: the longest length that is measured, in tokens.
+
+    Raises:
+        PatchError: an unknown scheme or parameter, a scheme given twice, something that cannot be read.
+
+    >>> [entry.label for entry in entries("yarn(beta_fast=16),alibi", 4, 2048, 8192)]
+    ['none', 'yarn(beta_fast=16)', 'alibi']
+    >>> str(entries("yarn", None, 2048, 8192)[1].scheme)
+    'yarn(factor=4.0)'
+    """
+    if factor is None and trained is not None and longest > trained:
+        factor = longest / trained
+    given = _split(schemes) if isinstance(schemes, str) else list(schemes)
+    found = [Entry(REFERENCE, None)]
+    for each in given:
+        if each == REFERENCE:
+            continue
+        if isinstance(each, Scheme):
+            found.append(Entry(str(each), each))
+        else:
+            found.append(Entry(each.replace(" ", ""), _scheme(each, factor, trained)))
+    labels = [entry.label for entry in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise PatchError(f"{label} is given twice; name each scheme once, or with other parameters")
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets."""
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))(?![^\[]*\])", text)]
+    if not all(parts):
+        raise PatchError(f"schemes={text!r}: expected names separated by commas, e.g. none,linear,yarn(beta_fast=16)")
+    return parts
+
+
+def _scheme(text: str, factor: float | None, trained: int | None) -> Scheme:
+    matched = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text.strip())
+    if matched is None:
+        raise PatchError(f"{text!r} is not a scheme; expected a name, or name(parameter=value, ...)")
+    name, inside = matched.groups()
+    cls = REGISTRY[name]
+    parameters = _parameters(text, inside or "")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if factor is not None and not {"factor", "target_length"} & parameters.keys():
+        if "factor" in fields:
+            parameters["factor"] = factor
+        elif "target_length" in fields and trained is not None:
+            parameters["target_length"] = round(factor * trained)
+    return cls.create(**parameters)
+
+
+def _parameters(text: str, inside: str) -> dict:
+    try:
+        call = ast.parse(f"f({inside})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("expected name=value")
+        return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise PatchError(
+            f"{text!r}: {error}; expected parameters as Python writes them, e.g. dynamic(cache='pinned')"
+        ) from error
