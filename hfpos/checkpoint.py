@@ -57,7 +57,7 @@ def from_pretrained(path: str | os.PathLike, *, base_model: Any = None, **kwargs
         raise PatchError(
             f"base_model= was given, but {path} holds no adapter_config.json; it is for PEFT adapters only"
         )
-    if "gguf_file" in kwargs:  # llama.cpp's format holds its own config, and no scheme of ours
+    if kwargs.get("gguf_file"):  # llama.cpp's format holds its own config, and no scheme of ours
         return _load_weights(transformers.AutoModelForCausalLM, path, kwargs)
     values = _read_json(path, "config.json", hub)
     if values is None:

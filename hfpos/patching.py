@@ -214,21 +214,30 @@ def _probe(family: Family, positions: list[int] | None) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def without_trace(family: Family) -> Iterator[None]:
-    """Run the model in eval mode and leave it as it was: its modes, and what its modules remember from call to call."""
-    modes = {module: module.training for module in family.model.modules()}
-    states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]
-    family.model.eval()
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run the model in eval mode; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        for module, attributes in states:
-            module._buffers = copy.deepcopy(attributes["_buffers"])
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for module, attributes in states:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def without_trace(family: Family) -> Iterator[None]:
+    """Run the model in eval mode and leave it as it was: its modes, and what its modules remember from call to call."""
+    states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]
+    with eval_mode(family.model):
+        try:
+            for module, attributes in states:
+                module._buffers = copy.deepcopy(attributes["_buffers"])
+            yield
+        finally:
+            for module, attributes in states:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
 
 
 def _prove_rotation(family: Family, reference: Scheme, root: nn.Module) -> None:

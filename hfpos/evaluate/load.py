@@ -45,33 +45,3 @@ def load_text(source: str, tokenizer: Any, model: str, **options: Any) -> Docume
     if tokenizer is None:
         raise PatchError(f"no tokenizer in {model}; save the model's tokenizer there too (tokenizer.save_pretrained)")
     return load_documents(source, tokenizer, **options)
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Context lengths as they are written on a command line; k is 1,024.
-
-    >>> parse_lengths("512,1k,2k")
-    [512, 1024, 2048]
-    """
-    found = []
-    for part in text.split(","):
-        number, times = (part.strip()[:-1], 1024) if part.strip().lower().endswith("k") else (part.strip(), 1)
-        if not number.isdecimal():
-            raise PatchError(f"lengths={text!r}: {part.strip()!r} is not a number of tokens; expected e.g. 512,1k,2k")
-        found.append(int(number) * times)
-    return found
-
-
-def parse_share(text: str) -> float:
-    """A share, as `1%` or `0.01`.
-
-    >>> parse_share("1%"), parse_share("0.02")
-    (0.01, 0.02)
-    """
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < float("inf"):
-        raise PatchError(f"{text!r} is not a share; expected e.g. 1% or 0.01")
-    return share

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from hfpos.evaluate.result import PerplexityResult, Skipped
 from hfpos.evaluate.scoring import TokenScorer
 from hfpos.evaluate.tally import bucket_edges, score
 from hfpos.evaluate.windows import Bos, Window, sliding, truncated
-from hfpos.patching import language_model
+from hfpos.patching import eval_mode, language_model
 from hfpos.scheme import PatchError
 from hfpos.version import __version__
 
@@ -97,8 +96,9 @@ def perplexity(
     wanted = check_lengths(lengths)
     steps = strides(stride, wanted)
     bos_token = bos_id(model, bos, bos_token_id)
+    language_model(model)  # a clear error where there is none
     every_length = depends_on_length(model, wanted[-1])
-    with _eval_mode(model):
+    with eval_mode(model):
         scorer = TokenScorer(model, chunk, every_length)
         rows, skipped = check_documents(documents, tokenizer, scorer.vocabulary, skip_bad)
         rows, short = check_reach(rows, wanted, bos_token, skip_bad)
@@ -162,15 +162,3 @@ def _trained_length(model: nn.Module) -> list[int]:
     except PatchError:
         return []
     return [] if length is None else [length]
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    language_model(model)  # a clear error where there is none
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfpos.evaluate.arguments import check_lengths
+from hfpos.evaluate.processes import gather, is_main, share
 from hfpos.families import family_of
-from hfpos.patching import language_model, without_trace
+from hfpos.patching import eval_mode, language_model, without_trace
 from hfpos.scheme import PatchError
 
 
@@ -140,20 +141,35 @@ def run_grid(
 ) -> RetrievalResult:
     """Run all jobs in eval mode, about `batch_tokens` tokens at a time, and count what was found in each cell."""
     found: dict[tuple[int, float], tuple[int, int]] = {}
-    with _eval_mode(model), torch.no_grad(), Progress(console=Console(stderr=True), disable=not progress) as bar:
-        shown = bar.add_task(task, total=sum(job.length for job in jobs))
-        for batch in _batches(jobs, batch_tokens):
-            with _afresh(model):
-                outcomes = score(batch)
-            for job, (correct, asked) in zip(batch, outcomes, strict=True):
-                before = found.get((job.length, job.depth), (0, 0))
-                found[job.length, job.depth] = (before[0] + correct, before[1] + asked)
-                bar.advance(shown, job.length)
+    for job, (correct, asked) in _outcomes(task, model, jobs, score, batch_tokens, progress):
+        before = found.get((job.length, job.depth), (0, 0))
+        found[job.length, job.depth] = (before[0] + correct, before[1] + asked)
     cells = [
         RetrievalCell(length, depth, correct, asked, *wilson(correct, asked))
         for (length, depth), (correct, asked) in sorted(found.items())
     ]
     return RetrievalResult(task, chance, settings, tuple(cells))
+
+
+def _outcomes(
+    task: str, model: nn.Module, jobs: list[Job], score: Score, batch_tokens: int, progress: bool
+) -> list[tuple[Job, tuple[int, int]]]:
+    """Run this process's share of the batches; the outcomes of all processes."""
+    process, processes = share(model)
+    batches = list(_batches(jobs, batch_tokens))[process::processes]
+    mine: list[tuple[Job, tuple[int, int]]] = []
+    error = None
+    bar = Progress(console=Console(stderr=True), disable=not (progress and is_main()))
+    try:
+        with eval_mode(model), torch.no_grad(), bar:
+            shown = bar.add_task(task, total=sum(job.length for batch in batches for job in batch))
+            for batch in batches:
+                with _afresh(model):
+                    mine += zip(batch, score(batch), strict=True)
+                bar.advance(shown, sum(job.length for job in batch))
+    except PatchError as caught:
+        error = caught
+    return gather(mine, error, processes)
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -164,17 +180,6 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
             f"{type(language).__name__} has no language modelling head; load it with AutoModelForCausalLM"
         )
     return language
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _afresh(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -127,9 +127,16 @@ def _trade_grid(comparison: Comparison) -> Grid:
         note += f" The changes are against {comparison.runs[0].label}: below zero is better, above zero is worse."
     elif problem:
         note += f" No cost: {problem}."
+    trained, longest = comparison.model.trained_length, comparison.lengths[-1]
+    beyond = trained is not None and any(_reaches(result, trained, longest) for result in comparison.scores.values())
+    if beyond:
+        header.insert(2, Cell("perplexity of the tokens beyond the trained length"))
+        note += f" Beyond the trained length: tokens with {trained:,} tokens or more before them in windows of {longest:,}."
     rows = []
     for label, result in comparison.scores.items():
         row = [Cell(label), Cell(f"{result.effective_context(tolerance):,}")]
+        if beyond:
+            row.append(_beyond(result, trained or 0, longest))
         if label in traded:
             trade = traded[label]
             row += [Cell(percent(trade.cost), f"(at {trade.short.length:,})"), Cell(percent(trade.long.relative))]
@@ -137,6 +144,18 @@ def _trade_grid(comparison: Comparison) -> Grid:
             row += [NOT_MEASURED, NOT_MEASURED]
         rows.append(tuple(row))
     return Grid("How far it holds, what it costs and what it gains", tuple(header), tuple(rows), note=note)
+
+
+def _reaches(result: PerplexityResult, trained: int, longest: int) -> bool:
+    """Whether the loss at the longest length is known apart from the trained length on."""
+    score = result.by_length.get(longest)
+    return score is not None and any(bucket.start == trained for bucket in score.curve)
+
+
+def _beyond(result: PerplexityResult, trained: int, longest: int) -> Cell:
+    if not _reaches(result, trained, longest):
+        return NOT_MEASURED
+    return Cell(number(result.by_length[longest].perplexity_between(trained, longest)))
 
 
 def pooled(result: RetrievalResult, length: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import hfpos
 from hfpos import cli
 from hfpos.data import train_tokenizer
 from hfpos.evaluate import perplexity
-from hfpos.evaluate.load import parse_lengths, parse_share
+from hfpos.evaluate.options import parse_lengths, parse_share
 from hfpos.report.gate import trades
 from hfpos.report.results import load
 from tests.tiny import tiny

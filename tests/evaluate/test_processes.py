@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hfpos
-from hfpos.evaluate import perplexity
+from hfpos.evaluate import key_value, perplexity
 from tests.tiny import tiny
 
 
@@ -27,6 +27,8 @@ def measure(**arguments):
         result = perplexity(model, documents(), [20, 40], stride, skip_bad=True, **arguments)
         for length, score in result.by_length.items():
             found[f"{stride} {length}"] = [score.nll, score.tokens, score.documents, score.stderr, len(score.curve)]
+    for cell in key_value(model, [32, 48], depths=[0, 1], trials=7).cells:
+        found[f"key_value {cell.length} {cell.depth}"] = [cell.correct, cell.trials]
     return found
 
 

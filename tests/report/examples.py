@@ -23,7 +23,7 @@ def scores(values, lengths=LENGTHS, stderr=0.5, bits=None, documents=10):
                 windows=documents,
                 stderr=stderr,
                 bits_per_byte=bits,
-                curve=(Bucket(1, length // 2, 4.0, 10), Bucket(length // 2, length, math.log(min(value, 1e9)), 10)),
+                curve=(Bucket(1, length // 4, 4.0, 10), Bucket(length // 4, length, math.log(min(value, 1e9)), 10)),
             )
             for length, value in zip(lengths, values, strict=True)
         }

@@ -74,7 +74,7 @@ def test_names_of_many_lengths_do_not_touch():
 
 def test_position_of_the_longest_length():
     axes = position_figure(full()).axes[0]
-    assert list(axes.lines[0].get_xdata()) == [128.0, 383.5]
+    assert list(axes.lines[0].get_xdata()) == [64.0, 319.5]
     assert axes.lines[0].get_ydata()[1] == pytest.approx(math.log(37.7))
 
 
