@@ -30,7 +30,13 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(text, tmp_path_factory):
     options = DemoOptions(
-        text=text, out=tmp_path_factory.mktemp("out"), base=TOY, finetune_steps=5, batch_tokens=128, eval_tokens=512
+        text=text,
+        out=tmp_path_factory.mktemp("out"),
+        base=TOY,
+        finetune_steps=5,
+        recall_steps=5,
+        batch_tokens=128,
+        eval_tokens=512,
     )
     return options, run(options)
 
@@ -67,6 +73,20 @@ def test_writes_numbers_plot_and_loadable_models(first):
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 64
 
 
+def test_recall_of_the_lengths_that_pairs_fit_into(first):
+    recall = first[1]["recall"]
+    assert list(recall) == ["none", "linear", "ntk", "yarn"]
+    for result in recall.values():
+        assert sorted({cell["length"] for cell in result["cells"]}) == [32, 64]
+        assert result["chance"] == 1 / 8
+
+
+def test_held_out_text_is_there_to_compare_on(first):
+    options, results = first
+    found = hfpos.data.read_documents(options.out / "held-out.jsonl")
+    assert len(found) == len(results["text"]["held_out"])
+
+
 def test_held_out_files_are_not_trained_on(first, text):
     options, results = first
     corpus = models.read_corpus(options)
@@ -93,7 +113,7 @@ def test_own_model_without_finetuning(first, text, tmp_path):
     assert list(results["scores"]) == ["none", "linear", "ntk", "yarn", "alibi"]
     assert list(results["scores"]["none"]) == LENGTHS[:3]
     assert results["finetuned"] == {}
-    assert sorted(path.name for path in options.out.iterdir()) == ["perplexity.png", "results.json"]
+    assert sorted(path.name for path in options.out.iterdir()) == ["held-out.jsonl", "perplexity.png", "results.json"]
 
 
 def test_unpatched_row_is_the_stock_model(first):

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from hfpos.demo.measure import ALIBI, UNPATCHED, curve
-from hfpos.evaluate import PerplexityResult
+from hfpos.evaluate import PerplexityResult, RetrievalResult
 
 
 def table(scores: dict[str, PerplexityResult], trained: int) -> Table:
@@ -14,6 +14,17 @@ def table(scores: dict[str, PerplexityResult], trained: int) -> Table:
     for name, result in scores.items():
         found.add_row(name, *(f"{value:.2f}" for value in curve(result).values()))
     return found
+
+
+def recall_table(found: dict[str, RetrievalResult], trained: int) -> Table:
+    """The share of key-value pairs recalled, one row a scheme and one column a context length."""
+    lengths = sorted({cell.length for result in found.values() for cell in result.cells})
+    drawn = Table("scheme", box=None, header_style="bold", pad_edge=False, padding=(0, 2))
+    for length in lengths:
+        drawn.add_column(f"{length} (trained)" if length == trained else str(length), justify="right")
+    for name, result in found.items():
+        drawn.add_row(name, *(f"{100 * result.accuracy_at(length):.0f} %" for length in lengths))
+    return drawn
 
 
 def untrained_findings(

@@ -1,6 +1,8 @@
 """The measuring part of the demo: one model, the same held-out text, one scheme after the other."""
 
+import contextlib
 import random
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import track
@@ -8,13 +10,14 @@ from transformers import PreTrainedModel
 
 from hfpos.data import blocks
 from hfpos.demo.options import DemoOptions
-from hfpos.evaluate import PerplexityResult, perplexity
+from hfpos.evaluate import PerplexityResult, RetrievalResult, key_value, perplexity
 from hfpos.patching import patched
 from hfpos.scheme import PatchError
 
 
 UNPATCHED = "none"
 SCALINGS = ("linear", "ntk", "yarn")  # what the model knows, stretched: may work without training
+PAIRS = 8  # of a key and a value in each context; guessing finds one in eight
 ALIBI = "alibi"  # other positions than the model was trained with: cannot
 
 
@@ -41,8 +44,8 @@ def held_out_pieces(options: DemoOptions, documents: list[list[int]], length: in
 
 
 def measure(model: PreTrainedModel, pieces: list[list[int]], lengths: list[int]) -> PerplexityResult:
-    """Perplexity at every length, with about 4,096 tokens in one forward."""
-    return perplexity(model, pieces, lengths, batch_size=max(1, 4096 // lengths[-1]))
+    """Perplexity at every length."""
+    return perplexity(model, pieces, lengths)
 
 
 def measure_schemes(
@@ -58,6 +61,20 @@ def measure_schemes(
         except PatchError as error:
             refused[name] = str(error)
     return scores, refused
+
+
+def measure_recall(
+    options: DemoOptions, model: PreTrainedModel, lengths: list[int], names: Sequence[str]
+) -> dict[str, RetrievalResult]:
+    """Recall of key-value pairs under each scheme, at the lengths that they fit into, about `eval_tokens` at the longest."""
+    fitting = [length for length in lengths if length >= 2 * PAIRS + 3]
+    depths = (0.0, 0.5, 1.0)
+    trials = max(1, min(40, options.eval_tokens // (len(depths) * lengths[-1])))
+    found = {}
+    for name in track(names if fitting else (), "recalling", console=Console(stderr=True)):
+        with contextlib.nullcontext() if name == UNPATCHED else patched(model, name, factor=options.factor):
+            found[name] = key_value(model, fitting, pairs=PAIRS, depths=depths, trials=trials)
+    return found
 
 
 def best_scaling(scores: dict[str, PerplexityResult], refused: dict[str, str]) -> str:

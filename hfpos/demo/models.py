@@ -1,6 +1,7 @@
 """The demo's text and models: read, trained and fine-tuned once, then found again by a hash of all that went in."""
 
 import hashlib
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from hfpos.checkpoint import from_pretrained, load_tokenizer
 from hfpos.data import Document, blocks, read_documents, split_documents, standard_library, tokenize, train_tokenizer
 from hfpos.demo.measure import UNPATCHED
 from hfpos.demo.options import DemoOptions
+from hfpos.evaluate.key_value import copying
 from hfpos.patching import patch
 from hfpos.scheme import PatchError
 from hfpos.train.loop import train
@@ -76,6 +78,31 @@ def base_model(options: DemoOptions, corpus: Corpus) -> Path:
     return _built_once(
         options.out / f"base-{_key(options.base, options.batch_tokens, options.seed, corpus.digest)}", build
     )
+
+
+def recall_model(options: DemoOptions, corpus: Corpus, base: Path) -> Path:
+    """The folder of the small LLaMA after it has also learned to copy, without which it recalls nothing at any length."""
+
+    def build(folder: Path) -> None:
+        model, tokenizer = load(base)
+        length = options.base.context
+        text = blocks(tokenize(tokenizer, corpus.train), length)
+        rows = options.recall_steps * max(1, options.batch_tokens // length) // 2
+        words = range(len(tokenizer.all_special_ids), len(tokenizer))
+        train(
+            model,
+            random.Random(options.seed).sample(text, min(rows, len(text)))
+            + copying(rows, length, words, seed=options.seed),
+            steps=options.recall_steps,
+            batch_size=max(1, options.batch_tokens // length),
+            learning_rate=options.base.learning_rate * 2 / 3,
+            seed=options.seed,
+            label=f"learning to copy, at {length} tokens",
+        )
+        _save(model, tokenizer, folder)
+
+    settings = (options.base, options.recall_steps, options.batch_tokens, options.seed, corpus.digest)
+    return _built_once(options.out / f"recall-{_key(*settings)}", build)
 
 
 def finetuned_model(options: DemoOptions, corpus: Corpus, base: Path, scheme: str, length: int) -> Path:

@@ -31,6 +31,7 @@ class DemoOptions:
         factor: how many times the trained length to go to, > 1.
         finetune: whether to fine-tune, under the best scheme and for comparison without one.
         finetune_steps: optimizer steps of each.
+        recall_steps: optimizer steps in which the small LLaMA learns to copy, so that its recall can be measured.
         batch_tokens: tokens in one optimizer step, rounded down to whole samples, but at least one.
         eval_tokens: held-out tokens to measure on, rounded down likewise.
         seed: of the split into files, the initial weights and the order of the data.
@@ -47,6 +48,7 @@ class DemoOptions:
     factor: float = 4.0
     finetune: bool = True
     finetune_steps: int = 150
+    recall_steps: int = 300
     batch_tokens: int = 2048
     eval_tokens: int = 65_536
     seed: int = 0
@@ -56,7 +58,7 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 1):
             raise PatchError(f"factor={self.factor}; expected a number above 1: how many times the trained length")
-        for name in ("finetune_steps", "batch_tokens", "eval_tokens", "threads"):
+        for name in ("finetune_steps", "recall_steps", "batch_tokens", "eval_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PatchError(f"{name}={value}; expected 1 or more")

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +17,28 @@ from rich.console import Console
 from transformers.utils import logging
 
 from hfpos.data import tokenize
-from hfpos.demo.findings import finetuned_findings, table, tuned, untrained_findings
+from hfpos.demo.findings import finetuned_findings, recall_table, table, tuned, untrained_findings
 from hfpos.demo.measure import (
+    SCALINGS,
     UNPATCHED,
     best_scaling,
     context_lengths,
     curve,
     held_out_pieces,
     measure,
+    measure_recall,
     measure_schemes,
 )
-from hfpos.demo.models import base_model, finetuned_model, load, read_corpus
+from hfpos.demo.models import Corpus, base_model, finetuned_model, load, read_corpus, recall_model
 from hfpos.demo.options import DemoOptions
 from hfpos.describe import describe
+from hfpos.evaluate import RetrievalResult
 from hfpos.report.plots import plot_perplexity, require_matplotlib
 from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError
+
+
+HELD_OUT = "held-out.jsonl"
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
@@ -66,6 +73,11 @@ def run(options: DemoOptions) -> dict[str, Any]:
         console.print(table(scores, trained))
         _print_lines(console, untrained_findings(scores, refused, trained, best))
 
+        with _timed(seconds, "recall"):
+            recall = _recall(
+                console, options, corpus, folder, [name for name in (UNPATCHED, *SCALINGS) if name in scores]
+            )
+
         tuned_folders = {}
         if options.finetune:
             with _timed(seconds, "fine-tune"):
@@ -73,7 +85,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
                     tuned_folders[name] = finetuned_model(options, corpus, folder, name, lengths[-1])
                     scores[tuned(name)] = measure(load(tuned_folders[name])[0], pieces, lengths)
             shown = (UNPATCHED, best, tuned(UNPATCHED), tuned(best))
-            console.print(f"\nThe same after fine-tuning at {lengths[-1]} tokens:")
+            console.print(f"\nPerplexity after fine-tuning at {lengths[-1]} tokens:")
             console.print(table({name: scores[name] for name in shown}, trained))
             _print_lines(console, finetuned_findings(scores, trained, best))
 
@@ -87,30 +99,56 @@ def run(options: DemoOptions) -> dict[str, Any]:
             "held_out": [document.name for document in corpus.held_out],
         },
         "scores": {name: dataclasses.asdict(score)["by_length"] for name, score in scores.items()},
+        "recall": {name: dataclasses.asdict(result) for name, result in recall.items()},
         "refused": refused,
         "best": best,
         "finetuned": tuned_folders,
         "seconds": seconds,
     }
-    plot, record = options.out / "perplexity.png", options.out / "results.json"
     plot_perplexity(
         {name: curve(result) for name, result in scores.items()},
         trained,
-        plot,
+        options.out / "perplexity.png",
         title=f"One model, trained at {trained} tokens, used up to {lengths[-1]}",
         emphasised=tuned(best),
     )
+    rows = ({"name": document.name, "text": document.text} for document in corpus.held_out)
+    (options.out / HELD_OUT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     text = json.dumps(results, indent=2, default=str)
-    record.write_text(text + "\n", encoding="utf-8")
+    (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
     console.print(f"\n{seconds['total']:.0f} s in all. What to read next:")
-    next_steps = [
-        f"{plot}: the plot; {record}: every number, with versions, hardware and settings",
-        f"`hfpos describe {tuned_folders.get(best, folder)}`: what that model's positions are now",
+    _print_lines(console, _next_steps(options, folder, tuned_folders.get(best, folder), lengths))
+    return json.loads(text)
+
+
+def _recall(
+    console: Console, options: DemoOptions, corpus: Corpus, folder: Path, names: list[str]
+) -> dict[str, RetrievalResult]:
+    """Measure recall under each scheme and print it. The demo's own model has to learn to copy first, or it recalls nothing."""
+    if not (options.model or options.finetune):
+        return {}
+    model, _ = load(options.model or recall_model(options, corpus, folder))
+    trained = describe(model).trained_length or 0
+    recall = measure_recall(options, model, context_lengths(trained, options.factor), names)
+    if recall:
+        taught = "" if options.model else ", after the model has learned to copy"
+        chance = next(iter(recall.values())).chance
+        console.print(f"\nKey-value pairs recalled{taught} (guessing: {100 * chance:.0f} %):", highlight=False)
+        console.print(recall_table(recall, trained))
+    return recall
+
+
+def _next_steps(options: DemoOptions, base: Path, tuned_folder: Path, lengths: list[int]) -> list[str]:
+    out = options.out
+    return [
+        f"{out / 'perplexity.png'}: the plot; {out / 'results.json'}: every number, with versions, hardware and settings",
+        f"`hfpos compare {base} --schemes none,linear,ntk,yarn --factor {options.factor:g} --lengths "
+        f"{','.join(map(str, lengths))} --data {out / HELD_OUT} --blocks`: the schemes side by side as a page to read, with standard "
+        "errors, the loss by position, and what each scheme costs",
+        f"`hfpos describe {tuned_folder}`: what that model's positions are now",
         "`hfpos demo --model FOLDER --text FILE`: the same with a model and a text of your own",
         "`hfpos schemes`, and the catalogue in README.md: every scheme, its paper, and where it works",
     ]
-    _print_lines(console, next_steps)
-    return json.loads(text)
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
