@@ -152,7 +152,7 @@ def _describe_unpatched(
         seam="freq" if wavelengths else "bias" if native == "alibi" else "embed",
         backend=backend,
         stock_loadable=True,
-        length_dependent=native in ("dynamic", "longrope"),
+        length_dependent=family.length_dependent(),
         needs_training=False,
     )
 

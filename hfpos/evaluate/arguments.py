@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ def check_choices(batch_size: Any, chunk: Any, bos: str, bos_token_id: int | Non
 def check_lengths(lengths: Sequence[int]) -> list[int]:
     """The lengths, shortest first, each once."""
     numbers = list(lengths)
-    if not numbers or any(isinstance(each, bool) or not isinstance(each, int) or each < 2 for each in numbers):
+    if not numbers or any(isinstance(each, bool) or not isinstance(each, Integral) or each < 2 for each in numbers):
         raise PatchError(
             f"lengths={lengths!r}: expected whole numbers of 2 tokens or more, e.g. lengths=[2048, 4096]."
         )
-    return sorted(set(numbers))
+    return sorted({int(each) for each in numbers})
 
 
 def strides(stride: Any, lengths: list[int]) -> dict[int, int] | None:

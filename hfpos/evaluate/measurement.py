@@ -96,7 +96,7 @@ class Measurement:
         try:
             losses = self.scorer.losses(ids, start)
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)):
                 raise
             if not self.adapts or len(batch) == 1:
                 raise PatchError(

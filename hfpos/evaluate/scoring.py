@@ -24,9 +24,7 @@ from hfpos.patching import language_model, without_trace
 from hfpos.scheme import PatchError
 
 
-LOGITS = (
-    2**24
-)  # held at one time: 64 MiB of float32; twice that on an accelerator, which needs larger steps to be busy
+LOGITS = 2**23  # held at one time: 32 MiB of float32; an accelerator gets four times that, to be busy
 MASK_ENTRIES = 2**24  # of a piece that is run against a long cache
 WHOLE = 4096  # tokens that are run in one piece: a plain causal kernel without a mask beats any piecewise one
 
@@ -77,23 +75,30 @@ class TokenScorer:
                 f"{type(self.language).__name__} cannot be run in pieces of {self.chunk} tokens: it has no KV cache, or goes on from it with "
                 "other logits than in one forward. Leave chunk out, or make it as long as the longest length."
             )
-        losses, done, cache = [], 0, None
+        losses = torch.empty(
+            batch, length - start, dtype=torch.float64
+        )  # small blocks in between would split the heap
+        done, cache = 0, None
         for piece in pieces:
             end = done + piece.shape[1]
-            wanted = max(
-                0, min(end, length - 1) - max(done, start - 1)
-            )  # how many of the piece's tokens predict a scored one
             spare = end - min(end, length - 1)  # the last token of a row run whole predicts nothing
+            wanted = max(0, end - spare - max(done, start - 1))  # how many of the piece's tokens predict a scored one
             logits, cache = self._run(piece, cache, len(pieces) > 1, wanted, spare)
-            first = min(end, length - 1) - wanted + 1
+            first = end - spare - wanted + 1
             for part in logits:
                 targets = ids[:, first : first + part.shape[1]]
+                losses[:, first - start : first - start + part.shape[1]] = self._cross_entropy(part, targets)
                 first += part.shape[1]
-                loss = F.cross_entropy(part.float().flatten(0, 1), targets.flatten(), reduction="none")
-                losses.append(loss.view_as(targets).double().cpu())
                 del part
             done = end
-        return torch.cat(losses, dim=1)
+        return losses
+
+    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Losses (B, n) of logits (B, n, V), in float32, a few rows at a time: its softmax is as large as what it is taken of."""
+        rows = max(1, self._step(1) // 8)
+        parts = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        losses = [F.cross_entropy(some.float(), target, reduction="none") for some, target in parts]
+        return torch.cat(losses).view_as(targets)
 
     def _piece(self, batch: int, length: int) -> int:
         """How many tokens the decoder runs at a time."""
@@ -112,7 +117,7 @@ class TokenScorer:
 
     def _step(self, batch: int) -> int:
         """How many tokens may have their logits at one time."""
-        held = LOGITS if self.device.type == "cpu" else 2 * LOGITS
+        held = LOGITS if self.device.type == "cpu" else 4 * LOGITS
         return max(16, held // (self.vocabulary * batch))
 
     def _run(

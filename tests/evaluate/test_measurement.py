@@ -16,24 +16,35 @@ def documents(*sizes):
     return [torch.randint(3, 90, (size,), generator=generator).tolist() for size in sizes]
 
 
-def model_out_of_memory_above(rows):
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    torch.OutOfMemoryError("HIP ran out"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    MemoryError(),
+]
+
+
+def model_out_of_memory_above(rows, error=OUT_OF_MEMORY[0]):
     """A model that has room for so many rows, and what batch sizes it was asked for."""
     model, asked = tiny("llama", vocab_size=96), []
 
     def before(module, args, kwargs):
         asked.append(kwargs["input_ids"].shape[0])
         if asked[-1] > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            raise error
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     return model, asked
 
 
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 @pytest.mark.parametrize("stride", [None, 8])
-def test_auto_batch_halves_and_goes_on(stride):
+def test_auto_batch_halves_and_goes_on(stride, error):
     rows = documents(*[40] * 11)
     expected = perplexity(tiny("llama", vocab_size=96), rows, [20, 40], stride and 8, batch_size=1)
-    model, asked = model_out_of_memory_above(3)
+    model, asked = model_out_of_memory_above(3, error)
     found = perplexity(model, rows, [20, 40], stride)
     assert max(asked) > 3
     assert asked[-1] <= 3
