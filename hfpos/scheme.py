@@ -6,7 +6,7 @@ only the mathematics: tensors in, tensors out, no model.
 | seam | what the scheme implements |
 |---|---|
 | `freq` | `frequencies(geometry)`, and `stock(geometry)` where Transformers has a `rope_type` for it |
-| `score` | `rotation_sets(geometry)`: frequencies chosen by the current length, keys cached unrotated |
+| `score` | `frequencies_at(geometry, lengths)`: frequencies chosen by the current length; or `far_positions(geometry, positions)`: other positions for what is far; keys are cached unrotated |
 | `bias` | `bias(q_positions, k_positions, heads)`, and `factors(...)` where the bias is separable |
 | `embed` | `table(positions, width)`, or `resize(weight)` for a learned table |
 | `none` | nothing: the model gets no position at all |

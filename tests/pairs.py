@@ -61,8 +61,8 @@ class Pair:
 
     @property
     def relative(self) -> bool:
-        """Whether only the distances between tokens matter, up to the original length at least."""
-        return self.scheme not in ("sinusoidal", "learned")
+        """Whether only the distances between tokens matter, up to the original length at least. Groups are counted from position 0."""
+        return self.scheme not in ("sinusoidal", "learned", "self_extend")
 
 
 def unpatched(model_type: str, **overrides: Any) -> PreTrainedModel:
@@ -97,6 +97,7 @@ PAIRS = [
             ("abf", {}),
             ("partial", {}),
             *_scalings(pairs),
+            ("self_extend", {"factor": 4.0}),
             *_OTHERS,
         ]
     ),
@@ -123,7 +124,7 @@ PAIRS = [
     ),
 ]
 # One scheme for every way in which a scheme reaches a model.
-_WAYS = {"rope", "yarn", "dynamic", "longrope", "alibi", "nope", "sinusoidal", "learned"}
+_WAYS = {"rope", "yarn", "dynamic", "longrope", "self_extend", "alibi", "nope", "sinusoidal", "learned"}
 WAYS = [pair for pair in PAIRS if pair.scheme in _WAYS and pair.parameters.get("init") in (None, "copy")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,15 +43,36 @@ def pattern(model: nn.Module, length: int) -> Pattern | None:
     inv_freq, multiplier = _frequencies(model, length)
     if not inv_freq:
         return None
-    curve = tuple((multiplier * np.cos(np.outer(distances, inv_freq)).mean(1)).tolist())
+    seen = _distances_seen(model, distances, length)
+    curve = tuple((multiplier * np.cos(np.outer(seen, inv_freq)).mean(1)).tolist())
     return Pattern("rotation", tuple(distances.tolist()), curve, curve, curve)
+
+
+def _distances_seen(model: nn.Module, distances: np.ndarray, length: int) -> np.ndarray:
+    """How far away the last of `length` tokens sees the keys that are `distances` away."""
+    record = record_of(language_model(model))
+    if record is None or not hasattr(record.scheme, "far_positions"):
+        return distances
+    scheme: Any = record.scheme
+    last = torch.tensor(length - 1)
+    query, keys = (
+        scheme.far_positions(record.geometry, at)[side]
+        for side, at in enumerate((last, last - torch.from_numpy(distances)))
+    )
+    return np.where(distances < scheme.resolved_window(record.geometry), distances, (query - keys).numpy())
 
 
 def _frequencies(model: nn.Module, length: int) -> tuple[list[float], float]:
     """Radians per token of each rotated pair, and the factor on the logits."""
     record = record_of(language_model(model))
     if record is not None and record.scheme.seam == "score":
-        inv_freq, scale = record.scheme.frequencies_at(record.geometry, torch.tensor(length))  # type: ignore[attr-defined]
+        scheme: Any = record.scheme
+        at_length = hasattr(scheme, "frequencies_at")  # else they are the same at any length
+        inv_freq, scale = (
+            scheme.frequencies_at(record.geometry, torch.tensor(length))
+            if at_length
+            else scheme.frequencies(record.geometry)
+        )
         return inv_freq.tolist(), float(scale) ** 2
     found = describe(model)
     return [2 * math.pi / wavelength for wavelength in found.wavelengths], found.logit_multiplier

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfpos.attention.bias import LinearBias
 from hfpos.attention.interface import patched_backend
+from hfpos.attention.near_far import NearFarRotation
 from hfpos.attention.rotary import LengthAwareRotation
 from hfpos.configuration import BLOCK, changed_values, guard, mark_adapters, own_copy
 from hfpos.plan import Attribute, Hook, Plan, set_attribute
 from hfpos.positions import PositionHook
+from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, Rope, Scheme
 from hfpos.version import __version__
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -81,6 +84,17 @@ class Family(ABC):
         """For the score seam: how the family pairs the dimensions it rotates, and the type of layer to rotate (None: all)."""
         return "half", None
 
+    def unscaled_frequencies(self, geometry: Geometry) -> torch.Tensor:
+        """For the score seam: (rotary_dim / 2,) radians per token, of the model before any scaling."""
+        return inverse_frequencies(geometry.theta, geometry.rotary_dim)
+
+    def score_seam(self, scheme: Any, geometry: Geometry) -> Any:
+        """For the score seam: what acts inside attention, by what the scheme has to say."""
+        rotation = self.score_rotation()
+        if hasattr(scheme, "far_positions"):
+            return NearFarRotation(scheme, geometry, *rotation, self.unscaled_frequencies(geometry))
+        return LengthAwareRotation(scheme, geometry, *rotation)
+
     def probe_positions(self, geometry: Geometry) -> list[int] | None:
         """Eight positions for the proof, some beyond the trained length; None where the unpatched model takes no position ids."""
         length = geometry.trained_length or geometry.allowed_length or 2048
@@ -93,6 +107,10 @@ class Family(ABC):
     def stateful_modules(self) -> list[nn.Module]:
         """Modules of the unpatched model that remember something from call to call; the proof puts them back as they were."""
         return []
+
+    def length_dependent(self) -> bool:
+        """Whether in the unpatched model a token's output depends on tokens behind it, through the length of the call."""
+        return False
 
     def resize_edits(self, scheme: Any, config: PreTrainedConfig) -> list[Edit]:
         """For a learned table: the edits that resize it."""
@@ -154,8 +172,8 @@ class Family(ABC):
             if scheme.seam == "bias":
                 options["seam"] = LinearBias(scheme, geometry.heads)  # type: ignore[arg-type]
             elif scheme.seam == "score":
-                options["seam"] = LengthAwareRotation(scheme, geometry, *self.score_rotation())  # type: ignore[arg-type]
-                options["pins_prompt"] = scheme.pins_prompt  # type: ignore[attr-defined]
+                options["seam"] = self.score_seam(scheme, geometry)
+                options["pins_prompt"] = getattr(scheme, "pins_prompt", False)
             elif scheme.seam == "embed":
                 options["table"] = scheme.table  # type: ignore[attr-defined]
         if options.get("seam") is not None:

@@ -144,9 +144,7 @@ class RotaryDecoder(Family):
         )
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
-        unscaled = copy.deepcopy(config)
-        unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": self.parameters["rope_theta"]})
-        rotary = self._build(unscaled)
+        rotary = self._build_unscaled(config)
         rotary.config = config  # by which it is known as the decoder's own
         keep = self._kept_when_off()
         names = [name for name in frequency_names(rotary) if name not in keep]
@@ -223,6 +221,13 @@ class RotaryDecoder(Family):
             )
         return find_convention(self.decoder, self._build(self.config), self.layer_type), self.layer_type
 
+    def unscaled_frequencies(self, geometry: Geometry) -> torch.Tensor:
+        formula = super().unscaled_frequencies(geometry).float()
+        own = getattr(self._build_unscaled(self.config), self.buffer)
+        # The family's own differ in the last bit. Inside DeepSpeed's `zero.Init` they would be rounded to bfloat16.
+        near = own.shape == formula.shape and torch.allclose(own.float(), formula, rtol=1e-6, atol=0)
+        return own if near else formula
+
     def layer_edits(self, hook: PositionHook) -> list[Edit]:
         edits: list[Edit] = [
             Hook(self.new_rotary, "register_forward_pre_hook", TruePositions(hook, 1), {"with_kwargs": True})
@@ -238,6 +243,14 @@ class RotaryDecoder(Family):
 
     def stateful_modules(self) -> list[nn.Module]:
         return [self.rotary]
+
+    def length_dependent(self) -> bool:
+        # the types for which Transformers' rotary embeddings compute their frequencies anew by the length of the call
+        kinds = getattr(self.rotary, "rope_type", "")
+        return any(
+            "dynamic" in kind or kind == "longrope"
+            for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+        )
 
     def plan(self, scheme: Any, root: nn.Module, tokenizer: Any = None) -> Any:
         self._scoring = scheme.seam == "score"
@@ -270,6 +283,11 @@ class RotaryDecoder(Family):
                 f"{type(error).__name__}: {error}"
             ) from error
 
+    def _build_unscaled(self, config: PreTrainedConfig) -> Any:
+        unscaled = copy.deepcopy(config)
+        unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": self.parameters["rope_theta"]})
+        return self._build(unscaled)
+
     def _swap(self, rotary: Any) -> list[Edit]:
         """The edit that puts the fixed `rotary` in, once its forward has shown that it goes by its frequencies."""
         check_obeys(rotary, type(self.rotary).__name__)
@@ -277,9 +295,7 @@ class RotaryDecoder(Family):
         return [RotarySwap(self.decoder, self.rotary_name, self.rotary, rotary, self.config)]
 
     def _check_unscaled(self, config: PreTrainedConfig, geometry: Geometry) -> None:
-        unscaled = copy.deepcopy(config)
-        unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": geometry.theta})
-        found = getattr(self._build(unscaled), self.buffer).double()
+        found = getattr(self._build_unscaled(config), self.buffer).double()
         expected = inverse_frequencies(geometry.theta, geometry.rotary_dim)
         # loosely, as inside DeepSpeed's `zero.Init` Transformers computes its frequencies in bfloat16
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.05, atol=0):

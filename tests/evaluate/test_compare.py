@@ -148,6 +148,12 @@ def test_wavelengths_and_patterns():
             (-max(slopes) * found.distances[9], -min(slopes) * found.distances[9])
         )
         assert wavelengths(model, 256) == ()
+    with hfpos.patched(model, "self_extend", group_size=8, window=16):
+        assert wavelengths(model, 256) == pytest.approx(plain)
+        grouped = pattern(model, 256)
+        for distance, value in zip(grouped.distances, grouped.middle, strict=True):
+            seen = distance if distance < 16 else 255 // 8 + 16 - 16 // 8 - (255 - distance) // 8
+            assert value == pytest.approx(torch.cos(seen * inv_freq).mean().item(), abs=1e-6)
     with hfpos.patched(model, "nope"):
         assert pattern(model, 256) is None
     assert pattern(tiny("bloom"), 64).kind == "bias"

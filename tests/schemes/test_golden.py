@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import hfpos
+from hfpos.attention.interface import stock_function
+from hfpos.attention.near_far import NearFarRotation
+from hfpos.positions import Call
 from hfpos.rotation import cos_sin, inverse_frequencies, rotate
 from hfpos.scheme import Geometry
 
@@ -88,7 +91,37 @@ def check_table(entry, scheme):
     torch.testing.assert_close(table, torch.tensor(entry["table"], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-CHECKS = {"geometry": check_rotation, "heads": check_bias, "width": check_table}
+def check_attention(entry, scheme):
+    q, k, v = (
+        torch.tensor(load(scheme.name)["tensors"][entry["tensors"]][name], dtype=torch.float64) for name in "qkv"
+    )
+    length, width = q.shape[2:]
+    geometry = Geometry(
+        heads=q.shape[1],
+        head_dim=width,
+        rotary_dim=width,
+        theta=entry["theta"],
+        trained_length=4096,
+        allowed_length=4096,
+    )
+    positions = torch.arange(length)
+    scheme.check(geometry)
+    far = scheme.far_positions(geometry, positions)
+    assert [x.tolist() for x in far] == [entry["q_far"], entry["k_far"]]
+    for i, row in enumerate(entry.get("distances", [])):
+        assert [(i - j if i - j < scheme.window else far[0][i] - far[1][j]) for j in range(i + 1)] == row
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = q.shape[1] // k.shape[1], True
+    seam = NearFarRotation(scheme, geometry, "half")
+    call = Call(seam, positions[None], positions[None], length)
+    expected = torch.tensor(entry["output"], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        inputs = (x.to(dtype) for x in (q, k, v))
+        output, _ = seam.attend(module, *inputs, None, call=call, inner=stock_function("sdpa", module))
+        torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=0, atol=1e-6)
+
+
+CHECKS = {"geometry": check_rotation, "heads": check_bias, "width": check_table, "tensors": check_attention}
 
 
 @pytest.mark.parametrize(("name", "entry"), entries())
@@ -98,7 +131,8 @@ def test_scheme_equals_the_published_numbers(name, entry):
 
 
 def test_every_scheme_has_numbers():
-    assert set(hfpos.schemes()) - WITHOUT_NUMBERS == {path.stem for path in GOLDEN.glob("*.json")} - {"rotation"}
+    others = {"rotation", "perplexity"}
+    assert set(hfpos.schemes()) - WITHOUT_NUMBERS == {path.stem for path in GOLDEN.glob("*.json")} - others
 
 
 @pytest.mark.parametrize("number", range(len(load("rotation")["entries"])))

@@ -109,7 +109,7 @@ def test_pinned_is_the_set_of_the_target_length(name):
 
 def test_stock_parameters_name_what_they_need():
     for scheme in SCHEMES:
-        if isinstance(scheme, Rope):
+        if isinstance(scheme, Rope) and scheme.name != "self_extend":  # which Transformers has no type for
             geometry = dataclasses.replace(LLAMA, head_dim=16, rotary_dim=16, trained_length=32, allowed_length=32)
             stock = scheme.stock(geometry)
             assert {"rope_type", "rope_theta"} <= stock.keys()
