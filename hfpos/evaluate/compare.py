@@ -64,7 +64,7 @@ def compare(
         documents, stride, bos, bos_token_id, aggregate, tokenizer, batch_size, chunk, skip_bad, resume, seed: as for `perplexity`.
         schemes: names, e.g. "linear,yarn(beta_fast=16)", or a list of names and scheme objects. "none" is the model as it is and always measured.
         lengths: context lengths in tokens.
-        factor: how far to extend, for schemes that do not say so themselves; longest / trained length unless given.
+        factor: how far to extend, for schemes that have to be told; longest / trained length unless given.
         tolerance: for the effective context: how much worse than the best shorter length still counts as held.
         retrieval: tests to run under every scheme, each `model -> RetrievalResult`.
         name: what the model is called in the results; its class unless given.

@@ -12,6 +12,7 @@ from hfpos.schemes import REGISTRY
 
 
 REFERENCE = "none"
+HOW_FAR = {"factor", "target_length", "group_size"}  # parameters that say how far a scheme extends
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ def entries(schemes: str | list[str | Scheme], factor: float | None, trained: in
 
     Args:
         schemes: names with or without parameters, separated by commas, or a list of such names and of scheme objects.
-        factor: how far to extend, for every scheme that does not say so itself; longest / trained unless given. A scheme that takes a
-            target length instead gets `factor` times the trained length.
+        factor: how far to extend, for every scheme that has to be told (so not for `alibi`, whose own default is 1); longest / trained unless
+            given. A scheme that takes a target length instead gets `factor` times the trained length.
         trained: the model's trained length in tokens, None where it is not stated.
         longest: the longest length that is measured, in tokens.
 
@@ -73,11 +74,11 @@ def _scheme(text: str, factor: float | None, trained: int | None) -> Scheme:
     name, inside = matched.groups()
     cls = REGISTRY[name]
     parameters = _parameters(text, inside or "")
-    fields = {field.name for field in dataclasses.fields(cls)}
-    if factor is not None and not {"factor", "target_length"} & parameters.keys():
-        if "factor" in fields:
+    open_fields = {field.name for field in dataclasses.fields(cls) if field.default in (None, dataclasses.MISSING)}
+    if factor is not None and not HOW_FAR & parameters.keys():
+        if "factor" in open_fields:
             parameters["factor"] = factor
-        elif "target_length" in fields and trained is not None:
+        elif "target_length" in open_fields and trained is not None:
             parameters["target_length"] = round(factor * trained)
     return cls.create(**parameters)
 

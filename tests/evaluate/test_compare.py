@@ -36,7 +36,7 @@ def test_equals_patching_and_measuring_by_hand(tmp_path):
         "linear": REGISTRY["linear"](factor=4),
         "dynamic(cache='pinned')": REGISTRY["dynamic"](factor=4, cache="pinned"),
         "yarn(beta_fast=16)": REGISTRY["yarn"](factor=4, beta_fast=16),
-        "alibi": REGISTRY["alibi"](factor=4),
+        "alibi": REGISTRY["alibi"](),
     }
     assert [run.label for run in comparison.runs] == list(by_hand)
     for run in comparison.runs:
@@ -179,6 +179,8 @@ def test_how_far_to_extend():
     assert entries("yarn", None, 64, 256)[1].scheme.factor == 4
     assert entries("yarn(target_length=128)", 4, 64, 256)[1].scheme.target_length == 128
     assert entries("learned", 2, 64, 256)[1].scheme.target_length == 128
+    assert entries("self_extend(group_size=2)", 4, 64, 256)[1].scheme.factor is None
+    assert [entries(text, 2, 64, 256)[1].scheme.factor for text in ("alibi", "alibi(factor=3)")] == [1, 3]
     refused = compare(tiny("llama", vocab_size=96), documents(100), "yarn", [64]).comparisons[0].refused
     assert "how far to extend is not given" in refused["yarn"]
 
