@@ -1,4 +1,4 @@
-"""Settings that hold for every test and doctest: no network, one thread a worker, deprecations of Transformers fail."""
+"""Settings that hold for every test and doctest: no network, one thread a process, deprecations of Transformers fail."""
 
 import logging
 import os
@@ -7,8 +7,7 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start; this one is set below
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start; this one is set below
 
 import torch
 import transformers
@@ -26,7 +25,6 @@ class _DeprecationsFail(logging.Handler):
 _CACHE = tempfile.TemporaryDirectory(prefix="hfpos-tests-")
 os.environ["HFPOS_CACHE"] = _CACHE.name  # never the user's own
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # tiny models are slower on more, many times so where another process is busy
 transformers.logging.disable_progress_bar()
 transformers.logging.add_handler(_DeprecationsFail(logging.WARNING))

@@ -142,7 +142,7 @@ def _next_steps(options: DemoOptions, base: Path, tuned_folder: Path, lengths: l
     out = options.out
     return [
         f"{out / 'perplexity.png'}: the plot; {out / 'results.json'}: every number, with versions, hardware and settings",
-        f"`hfpos compare {base} --schemes none,linear,ntk,yarn --factor {options.factor:g} --lengths "
+        f"`hfpos compare {base} --schemes none,linear,ntk,yarn,self_extend --factor {options.factor:g} --lengths "
         f"{','.join(map(str, lengths))} --data {out / HELD_OUT} --blocks`: the schemes side by side as a page to read, with standard "
         "errors, the loss by position, and what each scheme costs",
         f"`hfpos describe {tuned_folder}`: what that model's positions are now",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,8 @@ def check_documents(
 ) -> tuple[list[TokenizedDocument], list[Skipped]]:
     """Documents with ids that the model has; bad ones are skipped with `skip_bad`, else they raise."""
     skipped: list[Skipped] = []
+    if isinstance(documents, Iterator):
+        documents = list(documents)
     if _is_text(documents):
         documents = load_documents(documents, tokenizer, skip_bad=skip_bad)
     if isinstance(documents, DocumentSet):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -136,6 +137,8 @@ def test_tensors_and_lists_alike_and_mode_is_kept():
     documents = random_documents(40)
     expected = perplexity(model, documents, [40])
     assert perplexity(model, [torch.tensor(documents[0], dtype=torch.int32)], [40]) == expected
+    assert perplexity(model, torch.tensor(documents), numpy.array([40])) == expected
+    assert perplexity(model, (document for document in documents), [40]) == expected
     assert model.training
 
 
