@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfpos.evaluate.arguments import depends_on_length
+from hfpos.evaluate.processes import local
 from hfpos.evaluate.retrieval import DEPTHS, Job, RetrievalResult, causal_model, check_count, grid, run_grid
 from hfpos.scheme import PatchError
 
@@ -57,6 +58,7 @@ def key_value(
     >>> result.chance, [(cell.length, cell.trials) for cell in result.cells]
     (0.125, [(32, 10), (64, 10)])
     """
+    model = local(model)
     check_count("pairs", pairs, least=2)
     jobs = grid(lengths, depths, trials)
     smallest = 2 * pairs + 3  # with the question, and room to move the pairs to every depth

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hfpos.data.corpus import Document
+from hfpos.evaluate.processes import local
 from hfpos.evaluate.prompt import SPARE_TOKENS, Speaker, check_room, encoder
 from hfpos.evaluate.retrieval import DEPTHS, Job, RetrievalResult, check_count, grid, run_grid
 from hfpos.scheme import PatchError
@@ -82,6 +83,7 @@ def needle(
     >>> [(cell.length, cell.depth, cell.trials) for cell in result.cells]
     [(800, 0.5, 2)]
     """
+    model = local(model)
     encode, start = encoder(tokenizer, bos)
     check_count("needles", needles, least=1)
     check_count("distractors", distractors, least=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from hfpos.evaluate.processes import local
 from hfpos.evaluate.prompt import SPARE_TOKENS, Speaker, check_room, encoder
 from hfpos.evaluate.retrieval import DEPTHS, Job, RetrievalResult, check_count, grid, run_grid
 
@@ -65,6 +66,7 @@ def passkey(
     >>> [(cell.length, cell.depth, cell.trials) for cell in result.cells]
     [(512, 0.5, 1)]
     """
+    model = local(model)
     encode, start = encoder(tokenizer, bos)
     jobs = grid(lengths, depths, trials)
     keys = {job: job.random(seed).choice(KEYS) for job in jobs}

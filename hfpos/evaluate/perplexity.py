@@ -23,7 +23,7 @@ from hfpos.evaluate.arguments import (
 )
 from hfpos.evaluate.journal import Journal, Tallies, digest, fingerprint
 from hfpos.evaluate.measurement import Measurement
-from hfpos.evaluate.processes import gather, is_main, is_sharded, share
+from hfpos.evaluate.processes import gather, is_main, is_sharded, local, share
 from hfpos.evaluate.result import PerplexityResult, Skipped
 from hfpos.evaluate.scoring import TokenScorer
 from hfpos.evaluate.tally import bucket_edges, score
@@ -97,6 +97,7 @@ def perplexity(
     steps = strides(stride, wanted)
     bos_token = bos_id(model, bos, bos_token_id)
     language_model(model)  # a clear error where there is none
+    model = local(model)
     every_length = depends_on_length(model, wanted[-1])
     with eval_mode(model):
         scorer = TokenScorer(model, chunk, every_length)

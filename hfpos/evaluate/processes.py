@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hfpos.scheme import PatchError
 
@@ -19,6 +20,11 @@ T = TypeVar("T")
 def launched() -> bool:
     """Whether this process is one of several."""
     return torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local(model: nn.Module) -> nn.Module:
+    """The model without `DistributedDataParallel`, which waits in each forward for the other processes; they may have fewer to run."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import hfpos
 from hfpos.evaluate import key_value, perplexity
@@ -19,9 +20,10 @@ def documents():
     return [torch.randint(3, 90, (size,), generator=generator).tolist() for size in (60, 47, 33, 52, 20)]
 
 
-def measure(**arguments):
+def measure(wrap=None, **arguments):
     """Every kind of result, as plain values."""
     model = tiny("llama", vocab_size=96)
+    model = wrap(model) if wrap else model
     found = {}
     for stride in (None, 9):
         result = perplexity(model, documents(), [20, 40], stride, skip_bad=True, **arguments)
@@ -39,6 +41,7 @@ def process_main(folder):
         "measured": measure(),
         "resumed": measure(resume=f"{folder}/journal"),
         "again": measure(resume=f"{folder}/journal"),
+        "wrapped": measure(DistributedDataParallel, batch_size=1),
     }
     model = tiny("llama", vocab_size=96)
     model.register_forward_hook(_spoil, with_kwargs=True)
@@ -76,7 +79,7 @@ def test_two_processes_are_one(tmp_path):
         found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         assert found["measured"].keys() == expected.keys()
         for name, values in expected.items():
-            for kind in ("measured", "resumed", "again"):
+            for kind in ("measured", "resumed", "again", "wrapped"):
                 assert found[kind][name] == pytest.approx(values, rel=1e-6)
         assert "not a finite number" in found["error"]
     journals = [path.read_text(encoding="utf-8").count('"document"') for path in (tmp_path / "journal").iterdir()]
