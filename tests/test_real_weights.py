@@ -4,7 +4,6 @@ Needs the registry, `gguf` and some minutes: `pip install gguf`, then `make test
 your own; without it the text is Python's language reference, which is on every machine.
 """
 
-import math
 import os
 import pydoc_data.topics
 import subprocess
@@ -32,9 +31,7 @@ def text() -> str:
 
 def beyond_trained(model, ids) -> float:
     """Perplexity of the tokens TRAINED .. LENGTH, read in one window that starts at 0."""
-    by_length = perplexity(model, [ids], lengths=[TRAINED, LENGTH]).by_length
-    short, long = by_length[TRAINED], by_length[LENGTH]
-    return math.exp((long.nll * long.tokens - short.nll * short.tokens) / (long.tokens - short.tokens))
+    return perplexity(model, [ids], lengths=[TRAINED, LENGTH]).by_length[LENGTH].perplexity_between(TRAINED, LENGTH)
 
 
 @pytest.mark.slow
