@@ -105,11 +105,12 @@ def load_skeleton(path: str | os.PathLike) -> Any:
 
 
 def load_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> Any:
-    """The tokenizer of a saved folder or hub name, or of a GGUF file in it; None if it has none."""
+    """The tokenizer of a saved folder or hub name, or of a GGUF file in it; of an adapter without one, its base model's. None if there is none."""
     if gguf_file is not None:
         return transformers.AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
     if _read_json(path, "tokenizer_config.json", {}) is None:
-        return None
+        base = (_read_json(path, "adapter_config.json", {}) or {}).get("base_model_name_or_path")
+        return load_tokenizer(base) if base else None
     return transformers.AutoTokenizer.from_pretrained(path)
 
 

@@ -4,6 +4,8 @@ import json
 import sys
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import hfpos
 from hfpos import cli
@@ -170,6 +172,18 @@ def test_short_documents_are_named_unless_skipped(monkeypatch, capsys, source, t
     assert "rows.jsonl:2: it has" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, "--skip-bad") == 0
     assert "skipped: rows.jsonl:2: it has" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's call
+def test_an_adapter_is_measured_with_its_scheme_and_its_base_models_tokenizer(monkeypatch, capsys, source, tmp_path):
+    model, text, tokenizer = source
+    base = hfpos.patch(AutoModelForCausalLM.from_pretrained(model), "yarn", factor=4)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path)
+    ids = [tokenizer(each).input_ids for each in TEXTS]
+    expected = perplexity(adapted, ids, [100]).by_length[100].nll
+    assert run(monkeypatch, "eval", "ppl", tmp_path, "--data", text, "--lengths", 100, "--dtype", "float32") == 0
+    assert f"{expected:.4f}" in capsys.readouterr().out
 
 
 def test_models_that_cannot_be_measured(monkeypatch, capsys, source, tmp_path):
