@@ -48,6 +48,7 @@ def test_measures_every_scheme_at_every_length(first):
         "linear",
         "ntk",
         "yarn",
+        "self_extend",
         "alibi",
         "none, fine-tuned",
         tuned(results["best"]),
@@ -110,7 +111,7 @@ def test_own_model_without_finetuning(first, text, tmp_path):
         model=base, text=tmp_path / "text.jsonl", out=tmp_path / "out", factor=2, finetune=False, eval_tokens=512
     )
     results = run(options)
-    assert list(results["scores"]) == ["none", "linear", "ntk", "yarn", "alibi"]
+    assert list(results["scores"]) == ["none", "linear", "ntk", "yarn", "self_extend", "alibi"]
     assert list(results["scores"]["none"]) == LENGTHS[:3]
     assert results["finetuned"] == {}
     assert sorted(path.name for path in options.out.iterdir()) == ["held-out.jsonl", "perplexity.png", "results.json"]
@@ -181,9 +182,11 @@ def test_words_follow_the_numbers():
 
     scores = {"none": result(9, 8, 20), "yarn": result(9, 10, 10)}
     won = untrained_findings(scores, {"alibi": "no such seam"}, 16, "yarn")
-    assert won[0] == "best at 32: yarn, 20.00 -> 10.00 (-50.0 %) against the unpatched model"
+    assert won[0] == "best scaling at 32: yarn, 20.00 -> 10.00 (-50.0 %) against the unpatched model"
     assert won[1].endswith("8.00 -> 10.00 (+25.0 %)")
     assert won[2] == "alibi does not fit this model: no such seam"
+    grouped = untrained_findings(scores | {"self_extend": result(9, 8, 12)}, {}, 16, "yarn")
+    assert grouped[2].startswith("self_extend at 32: 20.00 -> 12.00 (-40.0 %) against the unpatched model")
     lost = untrained_findings(scores | {"none": result(9, 8, 8)}, {}, 16, "yarn")
     scores |= {"none, fine-tuned": result(9, 8, 8), "yarn, fine-tuned": result(9, 8, 6)}
     after = finetuned_findings(scores, 16, "yarn")

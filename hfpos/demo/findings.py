@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from hfpos.demo.measure import ALIBI, UNPATCHED, curve
+from hfpos.demo.measure import ALIBI, GROUPED, UNPATCHED, curve
 from hfpos.evaluate import PerplexityResult, RetrievalResult
 
 
@@ -34,13 +34,21 @@ def untrained_findings(
     none, found = curve(scores[UNPATCHED]), curve(scores[best])
     longest = max(none)
     if found[longest] < none[longest]:
-        lines = [f"best at {longest}: {best}, {_change(none[longest], found[longest])} against the unpatched model"]
+        lines = [
+            f"best scaling at {longest}: {best}, {_change(none[longest], found[longest])} against the unpatched model"
+        ]
     else:
         lines = [
             f"at {longest} the unpatched model is still better ({_change(found[longest], none[longest])}) than the best "
-            f"scheme, {best}: it does not need one yet; try a larger factor"
+            f"scaling, {best}: it does not need one yet; try a larger factor"
         ]
     lines.append(f"what {best} costs at {trained}, where nothing was wrong: {_change(none[trained], found[trained])}")
+    if GROUPED in scores:
+        grouped = curve(scores[GROUPED])[longest]
+        lines.append(
+            f"{GROUPED} at {longest}: {_change(none[longest], grouped)} against the unpatched model. It scales nothing: far "
+            "positions are shared by neighbours, which costs time in attention instead of training"
+        )
     if ALIBI in scores:
         alibi = curve(scores[ALIBI])[longest]
         lines.append(

@@ -17,6 +17,9 @@ from hfpos.scheme import PatchError
 
 UNPATCHED = "none"
 SCALINGS = ("linear", "ntk", "yarn")  # what the model knows, stretched: may work without training
+GROUPED = (
+    "self_extend"  # nothing stretched: far positions shared by neighbours, at more time a token; is not fine-tuned
+)
 PAIRS = 8  # of a key and a value in each context; guessing finds one in eight
 ALIBI = "alibi"  # other positions than the model was trained with: cannot
 
@@ -53,8 +56,8 @@ def measure_schemes(
 ) -> tuple[dict[str, PerplexityResult], dict[str, str]]:
     """Return the scores by scheme, and why each of the others does not fit this model."""
     scores, refused = {UNPATCHED: measure(model, pieces, lengths)}, {}
-    for name in track((*SCALINGS, ALIBI), "measuring", console=Console(stderr=True)):
-        parameters = {"factor": factor} if name in SCALINGS else {}
+    for name in track((*SCALINGS, GROUPED, ALIBI), "measuring", console=Console(stderr=True)):
+        parameters = {} if name == ALIBI else {"factor": factor}
         try:
             with patched(model, name, **parameters):
                 scores[name] = measure(model, pieces, lengths)
