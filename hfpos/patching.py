@@ -133,6 +133,16 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return found
 
 
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model in `model`. Raises `PatchError` where it has no language modelling head."""
+    language = language_model(model)
+    if language.get_output_embeddings() is None:
+        raise PatchError(
+            f"{type(language).__name__} has no language modelling head; load it with AutoModelForCausalLM"
+        )
+    return language
+
+
 def record_of(target: PreTrainedModel) -> Record | None:
     """The record of a patched model, None where it is not patched."""
     return target.__dict__.get(RECORD)
@@ -238,6 +248,14 @@ def without_trace(family: Family) -> Iterator[None]:
             for module, attributes in states:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
+
+
+def afresh(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Run a model that finds nothing of earlier calls afterwards: stock rotary embeddings that follow the length remember the longest."""
+    try:
+        return without_trace(family_of(language_model(model)))
+    except PatchError:
+        return contextlib.nullcontext()  # not a family hfpos knows
 
 
 def _prove_rotation(family: Family, reference: Scheme, root: nn.Module) -> None:

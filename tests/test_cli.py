@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hfpos
-from hfpos import cli
+from tests.command_line import run
 from tests.tiny import tiny
 
 
@@ -21,16 +21,6 @@ def source(tmp_path):
     model = tiny("llama")
     model.save_pretrained(tmp_path / "source")
     return model, tmp_path / "source"
-
-
-def run(monkeypatch, *arguments) -> int:
-    """The exit code of `hfpos ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["hfpos", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stopped:
-        return stopped.code or 0
-    return 0
 
 
 def test_patch_writes_what_patch_makes(monkeypatch, capsys, source, tmp_path):

@@ -34,10 +34,8 @@ if TYPE_CHECKING:
 
     Two = tuple[torch.Tensor, torch.Tensor]  # as far keys or queries are seen, and as near ones are
 
-OF_WHOLE_ROWS = (
-    "position_bias",
-    "cache",
-)  # what an attention function may be given and what does not fit a block's keys
+# What an attention function may be given and what does not fit a block's keys.
+OF_WHOLE_ROWS = ("position_bias", "cache")
 
 
 class NearFarRotation:

@@ -124,7 +124,7 @@ def load_documents(
         documents = [documents[index] for index in sorted(chosen)]
     defaults = {name: option.default for name, option in inspect.signature(load_documents).parameters.items()}
     preparation = {key: value for key, value in given.items() if value != defaults[key]}
-    return DocumentSet(documents, name, _digest(documents), tuple(skipped), preparation)
+    return DocumentSet(documents, name, digest(documents), tuple(skipped), preparation)
 
 
 def _read(
@@ -206,9 +206,10 @@ def _check_numbers(given: dict[str, Any]) -> None:
         raise PatchError(f"seed={given['seed']} was given without max_documents; it draws that many documents")
 
 
-def _digest(documents: Sequence[TokenizedDocument]) -> str:
-    digest = hashlib.sha256()
+def digest(documents: Sequence[TokenizedDocument]) -> str:
+    """SHA-256 over the token ids of all documents, in order, with their borders."""
+    seen = hashlib.sha256()
     for document in documents:
-        digest.update(len(document.ids).to_bytes(8, "little"))
-        digest.update(document.ids.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
+        seen.update(len(document.ids).to_bytes(8, "little"))
+        seen.update(document.ids.numpy().astype("<i8").tobytes())
+    return seen.hexdigest()

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hfpos.checkpoint import from_pretrained, load_tokenizer
 from hfpos.data import Document, blocks, read_documents, split_documents, standard_library, tokenize, train_tokenizer
 from hfpos.demo.measure import UNPATCHED
 from hfpos.demo.options import DemoOptions
 from hfpos.evaluate.key_value import copying
+from hfpos.evaluate.load import load_model, require_tokenizer
+from hfpos.evaluate.processes import device
 from hfpos.patching import patch
-from hfpos.scheme import PatchError
 from hfpos.train.loop import train
 from hfpos.version import __version__
 
@@ -62,7 +62,7 @@ def base_model(options: DemoOptions, corpus: Corpus) -> Path:
             eos_token_id=tokenizer.eos_token_id,
         )
         tokenizer.model_max_length = recipe.context
-        with torch.device(_device()):
+        with device():
             model = LlamaForCausalLM(config)
         train(
             model,
@@ -144,16 +144,11 @@ def _key(*settings: Any) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model of a folder, in float32 and ready to be measured, and its tokenizer."""
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise PatchError(f"no tokenizer in {folder}; save the model's tokenizer there too (tokenizer.save_pretrained)")
-    return from_pretrained(folder, dtype=torch.float32).to(_device()).eval(), tokenizer
+    model, tokenizer = load_model(str(folder), "float32")
+    require_tokenizer(tokenizer, folder)
+    return model, tokenizer
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

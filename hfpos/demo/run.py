@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
 from hfpos.data import tokenize
 from hfpos.demo.findings import finetuned_findings, recall_table, table, tuned, untrained_findings
@@ -33,6 +32,7 @@ from hfpos.demo.models import Corpus, base_model, finetuned_model, load, read_co
 from hfpos.demo.options import DemoOptions
 from hfpos.describe import describe
 from hfpos.evaluate import RetrievalResult
+from hfpos.evaluate.load import without_loading_bars
 from hfpos.report.plots import plot_perplexity, require_matplotlib
 from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError
@@ -53,7 +53,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     seconds: dict[str, float] = {}
-    with _timed(seconds, "total"), _without_loading_bars():
+    with _timed(seconds, "total"), without_loading_bars():
         corpus = read_corpus(options)
         console.print(f"Text: {len(corpus.train)} documents to train on, {len(corpus.held_out)} others to measure on.")
         with _timed(seconds, "base model"):
@@ -154,18 +154,6 @@ def _next_steps(options: DemoOptions, base: Path, tuned_folder: Path, lengths: l
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(f"- {line}", markup=False, highlight=False)
-
-
-@contextlib.contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """Transformers shows a bar for each small file it reads or writes, in the midst of the demo's own."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -154,7 +154,12 @@ def check_reach(
 
 def size_with_bos(document: TokenizedDocument, bos_token: int | None) -> int:
     """The tokens of a document, the BOS that is put in front included."""
-    return len(document.ids) + (bos_token is not None and document.ids[:1].tolist() != [bos_token])
+    return len(document.ids) + (bos_token is not None and not begins_with(document, bos_token))
+
+
+def begins_with(document: TokenizedDocument, token: int | None) -> bool:
+    """Whether `token` is the first of a document."""
+    return document.ids[:1].tolist() == [token]
 
 
 def depends_on_length(model: nn.Module, longest: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from torch import nn
 
-from hfpos.data.documents import DocumentSet, TokenizedDocument
+from hfpos.data.documents import DocumentSet, digest
 from hfpos.describe import Description, describe
 from hfpos.evaluate.arguments import bos_id, check_documents, check_lengths, size_with_bos, strides
 from hfpos.evaluate.journal import fingerprint
@@ -224,18 +223,10 @@ def _same_documents(
     return DocumentSet(
         documents=long,
         source=whole.source if whole else "token ids",
-        sha256=_digest(long),
+        sha256=digest(long),
         skipped=(*skipped, *short),
         preparation=whole.preparation if whole else {},
     )
-
-
-def _digest(documents: list[TokenizedDocument]) -> str:
-    """Hash of all ids and the borders between documents."""
-    seen = hashlib.sha256()
-    for document in documents:
-        seen.update(len(document.ids).to_bytes(8, "little") + document.ids.numpy().tobytes())
-    return seen.hexdigest()
 
 
 def _model_info(model: nn.Module, found: Description, name: str | None) -> ModelInfo:

@@ -37,19 +37,18 @@ class Journal:
             self.known |= _read(path)
         self.path = Path(folder) / f"{key}-{process}.jsonl"
 
-    def get(self, document: str) -> Tallies | None:
-        """The tallies of a document that is finished; `document` is its hash."""
-        return self.known.get(document)
+    def get(self, document: TokenizedDocument) -> Tallies | None:
+        """The tallies of a document, None if it is not finished."""
+        return self.known.get(_digest(document)) if self.known else None
 
-    def add(self, document: str, tallies: Tallies) -> None:
+    def add(self, document: TokenizedDocument, tallies: Tallies) -> None:
         """Write a finished document down, before the next one is begun."""
-        self.known[document] = tallies
         if self.path is None:
             return
         values = {length: dataclasses.asdict(tally) for length, tally in tallies.items()}
         with self.path.open("a", encoding="utf-8") as file:
             # a line of its own, also after one that was cut off
-            file.write("\n" + json.dumps({"document": document, "tallies": values}))
+            file.write("\n" + json.dumps({"document": _digest(document), "tallies": values}))
 
 
 def _read(path: Path) -> dict[str, Tallies]:
@@ -72,7 +71,7 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def digest_document(document: TokenizedDocument) -> str:
+def _digest(document: TokenizedDocument) -> str:
     """A short hash of a document's token ids, and of whether their bytes are known."""
     known = document.token_bytes is not None
     return hashlib.sha256(document.ids.numpy().tobytes() + bytes([known])).hexdigest()[:16]

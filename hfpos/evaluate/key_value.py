@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from hfpos.evaluate.arguments import depends_on_length
 from hfpos.evaluate.processes import local
-from hfpos.evaluate.retrieval import DEPTHS, Job, RetrievalResult, causal_model, check_count, grid, run_grid
+from hfpos.evaluate.retrieval import DEPTHS, Job, RetrievalResult, check_count, grid, run_grid
+from hfpos.patching import causal_model
 from hfpos.scheme import PatchError
 
 

@@ -10,7 +10,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.progress import Progress
 
 from hfpos.data.documents import TokenizedDocument
-from hfpos.evaluate.journal import Journal, Tallies, digest_document
+from hfpos.evaluate.journal import Journal, Tallies
 from hfpos.evaluate.result import Skipped
 from hfpos.evaluate.scoring import TokenScorer
 from hfpos.evaluate.tally import Tally
@@ -71,7 +71,7 @@ class Measurement:
             group, order = order[: self.batch_size], order[self.batch_size :]
             new = []
             for index in group:
-                known = journal.get(digest_document(self.rows[index]))
+                known = journal.get(self.rows[index])
                 if known is None:
                     new.append(index)
                 else:
@@ -87,7 +87,7 @@ class Measurement:
                     waiting = waiting[done:]
             for index, finished in tallies.items():
                 self.found[index] = finished
-                journal.add(digest_document(self.rows[index]), finished)
+                journal.add(self.rows[index], finished)
 
     def _score(self, batch: list[tuple[int, Window]], tallies: dict[int, Tallies]) -> int:
         """Score windows of one shape; how many were scored: none where memory ran out. A bad document leaves `tallies`."""

@@ -13,6 +13,7 @@ from torch import nn
 from hfpos.data.documents import TokenizedDocument
 from hfpos.describe import describe
 from hfpos.evaluate.arguments import (
+    begins_with,
     bos_id,
     check_choices,
     check_documents,
@@ -104,7 +105,8 @@ def perplexity(
         rows, skipped = check_documents(documents, tokenizer, scorer.vocabulary, skip_bad)
         rows, short = check_reach(rows, wanted, bos_token, skip_bad)
         plans = [_plan(row, wanted, steps, bos, bos_token, every_length) for row in rows]
-        edges = {length: bucket_edges(length, [*wanted, *_trained_length(model)]) for length in wanted}
+        marks = [*wanted, *_trained_length(model)]
+        edges = {length: bucket_edges(length, marks) for length in wanted}
         measurement = Measurement(scorer, rows, plans, edges, bos_token, batch_size, skip_bad)
         found, bad = _divided(measurement, resume, (edges, steps, bos, bos_token, every_length), progress)
     skipped += [*short, *bad]
@@ -129,9 +131,8 @@ def _divided(
     process, processes = share(model)
     journal = Journal(resume, digest(__version__, fingerprint(model), protocol) if resume else "", process)
     sizes = [sum(window.tokens for window in plan) for plan in measurement.plans]
-    order = sorted(
-        range(len(sizes)), key=lambda index: -sizes[index]
-    )  # the longest first: memory runs out early, if it does
+    # the longest first: memory runs out early, if it does
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     error = None
     try:
         with Progress(console=Console(stderr=True), disable=not (progress and is_main())) as bar:
@@ -151,7 +152,7 @@ def _plan(
     every_length: bool,
 ) -> list[Window]:
     """The windows of one document."""
-    begins = row.ids[:1].tolist() == [bos_token]
+    begins = begins_with(row, bos_token)
     if steps is None:
         return truncated(len(row.ids), lengths, bos, begins, every_length)
     return [window for length, step in steps.items() for window in sliding(len(row.ids), length, step, bos, begins)]

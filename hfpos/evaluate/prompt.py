@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from hfpos.evaluate.arguments import depends_on_length
-from hfpos.evaluate.retrieval import Job, causal_model
+from hfpos.evaluate.retrieval import Job
+from hfpos.patching import causal_model
 from hfpos.scheme import PatchError
 
 

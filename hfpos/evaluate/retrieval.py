@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
-from transformers import PreTrainedModel
 
 from hfpos.evaluate.arguments import check_lengths
 from hfpos.evaluate.processes import gather, is_main, share
-from hfpos.families import family_of
-from hfpos.patching import eval_mode, language_model, without_trace
+from hfpos.patching import afresh, eval_mode
 from hfpos.scheme import PatchError
 
 
@@ -164,30 +161,12 @@ def _outcomes(
         with eval_mode(model), torch.no_grad(), bar:
             shown = bar.add_task(task, total=sum(job.length for batch in batches for job in batch))
             for batch in batches:
-                with _afresh(model):
+                with afresh(model):
                     mine += zip(batch, score(batch), strict=True)
                 bar.advance(shown, sum(job.length for job in batch))
     except PatchError as caught:
         error = caught
     return gather(mine, error, processes)
-
-
-def causal_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model in `model`. Raises `PatchError` where it has no language modelling head."""
-    language = language_model(model)
-    if language.get_output_embeddings() is None:
-        raise PatchError(
-            f"{type(language).__name__} has no language modelling head; load it with AutoModelForCausalLM"
-        )
-    return language
-
-
-def _afresh(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Stock rotary embeddings that follow the length also remember the longest call; no job is to know of another."""
-    try:
-        return without_trace(family_of(language_model(model)))
-    except PatchError:
-        return contextlib.nullcontext()  # not a family hfpos knows
 
 
 def wilson(correct: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

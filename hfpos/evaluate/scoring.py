@@ -18,9 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hfpos.families import family_of
-from hfpos.families._family import Family
-from hfpos.patching import language_model, without_trace
+from hfpos.patching import afresh, causal_model
 from hfpos.scheme import PatchError
 
 
@@ -42,11 +40,7 @@ class TokenScorer:
     """
 
     def __init__(self, model: nn.Module, chunk: int | None, length_dependent: bool) -> None:
-        language = language_model(model)
-        if language.get_output_embeddings() is None:
-            raise PatchError(
-                f"{type(language).__name__} has no language modelling head; load it with AutoModelForCausalLM"
-            )
+        language = causal_model(model)
         self.model = model
         self.chunk = chunk
         self.whole = length_dependent
@@ -57,12 +51,10 @@ class TokenScorer:
         self.keeps = "logits_to_keep" in inspect.signature(type(language).forward).parameters
         self.decoder: Any = language.get_decoder()
         self.language = language
-        self.family = _family(language)
 
     def losses(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Negative log-likelihoods (B, L - start), float64 on the CPU, of ids[:, start:], ids (B, L), given all before them, start >= 1."""
-        # stock rotary embeddings that follow the length also remember the longest call; every row here finds them fresh
-        with torch.no_grad(), without_trace(self.family) if self.whole and self.family else contextlib.nullcontext():
+        with torch.no_grad(), afresh(self.language) if self.whole else contextlib.nullcontext():
             return self._losses(ids, start)
 
     def _losses(self, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -75,9 +67,8 @@ class TokenScorer:
                 f"{type(self.language).__name__} cannot be run in pieces of {self.chunk} tokens: it has no KV cache, or goes on from it with "
                 "other logits than in one forward. Leave chunk out, or make it as long as the longest length."
             )
-        losses = torch.empty(
-            batch, length - start, dtype=torch.float64
-        )  # small blocks in between would split the heap
+        # one buffer: small blocks of memory between the large ones would split the heap
+        losses = torch.empty(batch, length - start, dtype=torch.float64)
         done, cache = 0, None
         for piece in pieces:
             end = done + piece.shape[1]
@@ -184,13 +175,6 @@ def _alike(parts: list[torch.Tensor], whole: torch.Tensor) -> bool:
     found, expected = torch.cat(parts, dim=1).float(), whole.float()
     tolerance = 0.05 if whole.dtype in (torch.float16, torch.bfloat16) else 1e-3
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def _family(language: Any) -> Family | None:
-    try:
-        return family_of(language)
-    except PatchError:
-        return None
 
 
 @contextlib.contextmanager

@@ -1,33 +1,22 @@
 """`hfpos eval`, `compare`, `report`, `describe --plot` as a user runs them: what is printed, written, and how they exit."""
 
 import json
-import sys
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import hfpos
-from hfpos import cli
 from hfpos.data import train_tokenizer
 from hfpos.evaluate import perplexity
 from hfpos.evaluate.options import parse_lengths, parse_share
 from hfpos.report.gate import trades
 from hfpos.report.results import load
+from tests.command_line import run
 from tests.tiny import tiny
 
 
 TEXTS = [" ".join(f"{i} times {j} is {i * j}." for i in range(150)) for j in range(4)]
-
-
-def run(monkeypatch, *arguments):
-    """The exit code of `hfpos ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["hfpos", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stopped:
-        return stopped.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")
