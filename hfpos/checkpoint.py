@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from hfpos.configuration import BLOCK, base_values
+from hfpos.learned_weights import load_learned, without_report_of_learned
 from hfpos.patching import language_model, patch, record_of
 from hfpos.scheme import PatchError
 from hfpos.schemes import REGISTRY
@@ -71,7 +73,13 @@ def from_pretrained(path: str | os.PathLike, *, base_model: Any = None, **kwargs
         return _load_weights(model_class, path, kwargs)
     scheme = _scheme(path, values[BLOCK])
     config = _config(path, base_values(values))
-    return patch(_load_weights(model_class, path, kwargs | {"config": config}), scheme, prove=False)
+    learned = getattr(scheme, "learned", False)
+    with without_report_of_learned() if learned else contextlib.nullcontext():
+        model = _load_weights(model_class, path, kwargs | {"config": config})
+    patch(model, scheme, prove=False)
+    if learned:
+        load_learned(language_model(model), path, hub)
+    return model
 
 
 def load_skeleton(path: str | os.PathLike) -> Any:

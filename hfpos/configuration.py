@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from hfpos.attention.learned import LEARNED
 from hfpos.plan import Attribute, set_attribute
 from hfpos.scheme import PatchError
 
@@ -159,7 +160,16 @@ def mark_adapters(model: nn.Module, *args: Any) -> None:
 
     PEFT's `save_pretrained` asks for the state dict first and writes `adapter_config.json` then; so adapters put on after patching are
     marked too. An adapter holds nothing else about positions, and would degrade in silence on a base without its scheme.
+
+    Raises:
+        PatchError: a bias was trained beside an adapter that would not hold it.
     """
+    for name, module in model.named_modules() if getattr(model, "peft_config", None) else ():
+        if name.endswith(LEARNED) and any(weight.requires_grad for weight in module.parameters(recurse=False)):
+            raise PatchError(
+                f"the learned weights of the scheme ({name}) are trained, and the adapter would not hold them; patch first, then "
+                f"get_peft_model with modules_to_save=[{LEARNED!r}], or freeze them with requires_grad_(False)"
+            )
     for adapter in getattr(model, "peft_config", {}).values():
         if not isinstance(adapter.__dict__.get("to_dict"), _MarkedAdapter):
             adapter.to_dict = _MarkedAdapter(adapter, model)

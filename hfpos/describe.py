@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfpos.attention.interface import backend_of, patched_backend
 from hfpos.families import REGISTRY, family_of
 from hfpos.families._rotary_module import frequency_names, scaling_name
 from hfpos.patching import language_model, record_of
+from hfpos.positions import PositionHook
 
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Description:
             is rotated by fixed frequencies.
         seam: where the scheme acts.
         backend: the attention implementation in force.
+        path: how a scheme that acts inside attention gets there, and why that way; empty for others.
         stock_loadable: whether stock Transformers loads a saved copy with equal logits.
         length_dependent: whether a token's logits depend on tokens behind it, through the length of the call.
         needs_training: whether the model was trained with positions of another kind, so that it talks nonsense until it is fine-tuned.
@@ -53,6 +56,7 @@ class Description:
     wavelengths: tuple[float, ...]
     seam: str
     backend: str
+    path: str
     stock_loadable: bool
     length_dependent: bool
     needs_training: bool
@@ -70,6 +74,7 @@ class Description:
             "logit multiplier": f"{self.logit_multiplier:.6g}",
             "wavelengths": self._wavelength_summary(),
             "attention": self.backend,
+            **({"path": self.path} if self.path else {}),
             "stock loadable": "yes" if self.stock_loadable else "no, load with hfpos.from_pretrained",
             "length dependent": "yes" if self.length_dependent else "no",
             "needs training": "yes, it was trained with positions of another kind" if self.needs_training else "no",
@@ -125,6 +130,7 @@ def describe(model: nn.Module) -> Description:
         wavelengths=wavelengths,
         seam=record.scheme.seam,
         backend=backend,
+        path=_path(family_of(target).decoder, backend),
         stock_loadable=_stock_loadable(target, record),
         length_dependent=record.scheme.length_dependent,
         needs_training=not _same_kind(record),
@@ -137,6 +143,8 @@ def _describe_unpatched(
     family = family_of(target)
     geometry = family.geometry()
     native = family.native()
+    if native == "alibi":
+        wavelengths, scale = (), 1.0  # Falcon has rotary frequencies even where it does not use them
     rope = getattr(target.config, "rope_parameters", None) or {}
     return Description(
         model=type(target).__name__,
@@ -149,8 +157,9 @@ def _describe_unpatched(
         patched_length=geometry.allowed_length,
         logit_multiplier=scale**2,
         wavelengths=wavelengths,
-        seam="freq" if wavelengths else "bias" if native == "alibi" else "embed",
+        seam="bias" if native == "alibi" else "freq" if wavelengths else "embed",
         backend=backend,
+        path="",
         stock_loadable=True,
         length_dependent=family.length_dependent(),
         needs_training=False,
@@ -165,6 +174,16 @@ def _same_kind(record: Record) -> bool:
 def _stock_loadable(target: PreTrainedModel, record: Record) -> bool:
     block = getattr(target.config, "hfpos", None)
     return hasattr(record.scheme, "resize") or bool(block and block["stock"])
+
+
+def _path(decoder: Any, backend: str) -> str:
+    """How the seam that the decoder's hook hands on gets into attention; empty where there is none."""
+    owners = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+    seam = next((owner.seam for owner in owners if isinstance(owner, PositionHook)), None)
+    if seam is None:
+        return ""
+    stands_on = backend_of(patched_backend(backend, seam.backends))
+    return seam.how(str(stands_on), next(decoder.parameters()).device)
 
 
 def _live_rotation(decoder: nn.Module) -> tuple[list[float], float]:

@@ -46,7 +46,15 @@ class Record:
     proved: bool = False
 
 
-def patch(model: M, scheme: str | Scheme, *, tokenizer: Any = None, prove: bool = True, **parameters: Any) -> M:
+def patch(
+    model: M,
+    scheme: str | Scheme,
+    *,
+    tokenizer: Any = None,
+    prove: bool = True,
+    backend: str = "auto",
+    **parameters: Any,
+) -> M:
     """Put a positional scheme into a live model, in place, and return the same model.
 
     Everything is checked before the first edit; if anything fails the model is left as it was. A model that is patched already gets
@@ -57,6 +65,9 @@ def patch(model: M, scheme: str | Scheme, *, tokenizer: Any = None, prove: bool 
         scheme: a name from `hfpos.schemes()` with its `parameters` as keywords, or a scheme object, e.g. `Yarn(factor=4)`.
         tokenizer: its `model_max_length` follows the patched length.
         prove: run the probe.
+        backend: the attention implementation that a scheme of the bias or score seam stands on: `auto`, `sdpa`, `flex`,
+            `flash_attention_2` or `eager`. `auto` keeps the model's own, and for sdpa takes whatever is fastest on the device at hand; it
+            never changes the mathematics. `describe` says what is used, and why.
 
     Raises:
         PatchError: unknown scheme or parameter, a pair of scheme and model that makes no sense, conflicting lengths, a compiled
@@ -78,7 +89,7 @@ def patch(model: M, scheme: str | Scheme, *, tokenizer: Any = None, prove: bool 
     if previous is not None:
         _undo(target, previous)
     try:
-        _patch(model, target, chosen, tokenizer, prove)
+        _patch(model, target, chosen, tokenizer, prove, backend)
     except BaseException:
         if previous is not None:
             _apply(target, previous)
@@ -170,9 +181,11 @@ def _refuse_compiled(model: nn.Module) -> None:
         )
 
 
-def _patch(model: nn.Module, target: PreTrainedModel, scheme: Scheme, tokenizer: Any, prove: bool) -> None:
+def _patch(
+    model: nn.Module, target: PreTrainedModel, scheme: Scheme, tokenizer: Any, prove: bool, backend: str
+) -> None:
     family = family_of(target)
-    plan = family.plan(scheme, model, tokenizer)
+    plan = family.plan(scheme, model, tokenizer, backend)
     record = Record(scheme, plan, family.geometry(), family.name)
     proving = prove and can_run(target) and not family.is_unchanged(scheme, record.geometry)
     before = None

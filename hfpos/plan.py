@@ -78,6 +78,17 @@ class Swap(Attribute):
         setattr(self.target, self.name, value)
 
 
+@dataclass
+class Added(Attribute):
+    """Adds the submodule `target.name`, on the target's device; what is on meta stays without values, for a loader to fill."""
+
+    def _set(self, value: Any) -> None:
+        if value is not ABSENT:
+            like = next(self.target.parameters())
+            value = value.to(like.device, like.dtype if like.is_floating_point() else None)
+        super()._set(value)
+
+
 def follow(module: nn.Module, like: torch.Tensor) -> None:
     """Move the module's own tensors to the device of `like`, weights also to its dtype; what is on meta is left to its loader."""
     for parameter in module.parameters(recurse=False):

@@ -45,6 +45,8 @@ class Call(NamedTuple):
         total: how many keys have been seen, those of this call included; a tensor under a static cache.
         lengths: (B, 1) int64, the prompt lengths that a pinned scheme goes by; None elsewhere.
         rotation: cos and sin, each (B, 1, Q, R/2) float32, where attention rotates before it caches; None elsewhere.
+        weights: the seam's learned weights, of all layers; None where nothing is learned.
+        memo: what one layer has worked out for the others.
     """
 
     seam: Any
@@ -53,6 +55,8 @@ class Call(NamedTuple):
     total: int | torch.Tensor
     lengths: torch.Tensor | None = None
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    weights: dict[str, torch.Tensor] | None = None
+    memo: dict[Any, Any] | None = None
 
     def keys_of_layer(self, length: int) -> torch.Tensor:
         """Positions (B, length) of the keys one layer sees: a sliding layer sees the last ones, a static one has room left over."""
@@ -265,7 +269,7 @@ class PositionHook:
         record: CacheRecord | None = getattr(cache, CACHE_RECORD, None)
         k_positions, total = self._keys(positions, mask, cache, past, record, batch)
         lengths = self._prompt_lengths(positions, past, record, batch) if self.pins_prompt else None
-        return Call(self.seam, positions, k_positions, total, lengths, rotation)
+        return Call(self.seam, positions, k_positions, total, lengths, rotation, self.seam.gather(module), {})
 
     @staticmethod
     def _prompt_lengths(positions: torch.Tensor, past: Any, record: CacheRecord | None, batch: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ only the mathematics: tensors in, tensors out, no model.
 |---|---|
 | `freq` | `frequencies(geometry)`, and `stock(geometry)` where Transformers has a `rope_type` for it |
 | `score` | `frequencies_at(geometry, lengths)`: frequencies chosen by the current length; or `far_positions(geometry, positions)`: other positions for what is far; keys are cached unrotated |
-| `bias` | `bias(q_positions, k_positions, heads)`, and `factors(...)` where the bias is separable |
+| `bias` | `weights(geometry)`, `bias(q_positions, k_positions, weights)`, and `factors(...)` where the bias is separable |
 | `embed` | `table(positions, width)`, or `resize(weight)` for a learned table |
 | `none` | nothing: the model gets no position at all |
 """
@@ -253,3 +253,60 @@ class RopeScaling(Rope):
         if self.target_length is not None:
             return self.target_length
         return round(self.resolved_factor(geometry) * self.resolved_original(geometry))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias(Scheme):
+    """Base of every scheme that adds a number to the logit of a query and a key, by the head and by where the two stand.
+
+    Attributes:
+        relative: the bias depends on the two positions through `i - j` alone.
+        learned: its weights are parameters of the patched model, trained with it.
+        shared: all layers have the same learned weights.
+        reads_query: `bias` is also given the queries.
+
+    Shapes: B batch (1 where all rows are alike), H heads, Q queries, K keys, D head_dim, F factors.
+    """
+
+    relative: ClassVar[bool] = True
+    learned: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
+    reads_query: ClassVar[bool] = False
+
+    @property
+    def seam(self) -> str:
+        return "bias"
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the bias means something for a key that stands behind its query."""
+        return False
+
+    def weights(self, geometry: Geometry) -> dict[str, torch.Tensor]:
+        """The numbers that the bias is made of, float64: the fixed ones, or what the learned ones start from."""
+        raise TypeError(f"{type(self).__name__} does not define its weights")
+
+    def bias(
+        self,
+        q_positions: torch.Tensor,
+        k_positions: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        query: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The bias (B, H, Q, K), in the dtype of the weights and differentiable in them.
+
+        Args:
+            q_positions, k_positions: (B, Q) and (B, K) int64.
+            weights: as from `weights`, of any floating dtype.
+            query: (B, H, Q, D), scaled as the logits are; only where the scheme `reads_query`.
+        """
+        raise TypeError(f"{type(self).__name__} does not define its bias")
+
+    def factors(
+        self, q_positions: torch.Tensor, k_positions: torch.Tensor, weights: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`f` (B, H, Q or 1, F) and `g` (B, 1, K, F) whose product `f_i . g_j` is the bias plus anything that depends on i alone.
+
+        None where the bias does not separate. Positions may be shifted by any number, the same for queries and keys.
+        """
+        return None

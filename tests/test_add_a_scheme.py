@@ -9,7 +9,7 @@ import torch
 
 import hfpos
 from hfpos.scheme import Scheme
-from tests.pairs import tokens, unpatched
+from tests.pairs import OWN_ATTENTION, tokens, unpatched
 from tests.schemes.test_golden import check_rotation
 from tests.state import logits
 
@@ -64,7 +64,7 @@ def _added(tmp_path, monkeypatch):
 def test_a_file_is_all_that_a_scheme_needs(tmp_path):
     entry = json.loads(GOLDEN)
     check_rotation(entry, hfpos.schemes.REGISTRY["slow"].create(**entry["parameters"]))
-    for model_type in ("llama", "gpt2", "bloom"):
+    for model_type in ("llama", "gpt2", *OWN_ATTENTION):
         model = hfpos.patch(unpatched(model_type), "slow", divisor=4)
         assert hfpos.describe(model).proved
         turns = torch.tensor(hfpos.describe(model).wavelengths) / torch.tensor(

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import hfpos
-from tests.pairs import Pair, unpatched
+from tests.pairs import OWN_ATTENTION, Pair, unpatched
 from tests.state import State, logits, structure
 
 
@@ -149,7 +149,7 @@ CASES = [
 
 
 def build(model_type):
-    return unpatched(model_type, seq_length=None) if model_type == "bloom" else unpatched(model_type)
+    return unpatched(model_type, seq_length=None) if model_type in OWN_ATTENTION else unpatched(model_type)
 
 
 def describe_case(case):
@@ -294,12 +294,12 @@ def test_attention_that_cannot_carry_a_bias():
     model = unpatched("llama")
     model.config._attn_implementation = "flex_attention"
     before = structure(model)
-    for scheme in ("alibi", "dynamic"):
+    for scheme in ("dynamic", "fire"):
         with pytest.raises(
             hfpos.PatchError,
-            match=r"implementation 'flex_attention' cannot carry this scheme; .*set_attn_implementation",
+            match=r"implementation 'flex_attention' cannot carry this scheme.*set_attn_implementation",
         ):
-            hfpos.patch(model, scheme)
+            hfpos.patch(model, scheme, **({"factor": 4} if scheme == "dynamic" else {}))
     assert structure(model) == before
     hfpos.patch(model, "nope", prove=False)  # which needs nothing of it
 

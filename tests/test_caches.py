@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import hfpos
 from hfpos.rotation import cos_sin, inverse_frequencies, rotate
-from tests.pairs import ORIGINAL, PAIRS, ROTARY, WAYS, Pair, difference, tokens, unpatched
+from tests.pairs import ORIGINAL, OWN_ATTENTION, PAIRS, ROTARY, WAYS, Pair, difference, tokens, unpatched
 
 
 LENGTH = 40  # beyond the original length, and beyond the windows several times
@@ -260,7 +260,7 @@ def test_gpt2_rotates_before_it_caches() -> None:
 @pytest.mark.parametrize("model_type", [*ROTARY, "bloom"])
 @torch.no_grad()
 def test_exact_caches_hold_unrotated_keys(model_type: str) -> None:
-    own = {"original_length": ORIGINAL} if model_type == "bloom" else {}
+    own = {"original_length": ORIGINAL} if model_type in OWN_ATTENTION else {}
     model = hfpos.patch(unpatched(model_type), "dynamic", factor=4, **own)
     layer = 1 if model_type == "gemma3_text" else 0  # the other layer has a window and keeps its own rotation
     keys = model(torch.full((1, 9), 7), use_cache=True).past_key_values.layers[layer].keys
@@ -268,7 +268,7 @@ def test_exact_caches_hold_unrotated_keys(model_type: str) -> None:
         assert difference(keys, keys[:, :, :1].expand_as(keys)) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", "bloom"])
+@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", *OWN_ATTENTION])
 @torch.no_grad()
 def test_a_mask_that_leaves_the_cache_out_is_refused(model_type: str) -> None:
     model = hfpos.patch(unpatched(model_type), "nope")

@@ -13,12 +13,12 @@ from huggingface_hub.errors import StrictDataclassError
 
 import hfpos
 from hfpos.checkpoint import load_skeleton, load_tokenizer
-from tests.pairs import PAIRS, Pair, tokens, unpatched
+from tests.pairs import OWN_ATTENTION, PAIRS, Pair, tokens, unpatched
 from tests.state import logits
 
 
 FACTOR = {"factor": 4.0}
-SAVED = [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", "bloom", "gemma3_text")] + [
+SAVED = [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", "gemma3_text", *OWN_ATTENTION)] + [
     Pair("gemma3_text", "yarn", FACTOR | {"beta_slow": 0.1, "truncate": False}),
     Pair("llama", "yarn", FACTOR | {"beta_slow": 0.1, "truncate": False}),
     Pair("llama", "yarn", FACTOR | {"beta_fast": 16.0, "mscale": 0.7, "mscale_all_dim": 1.0}),
@@ -39,7 +39,7 @@ SAVED = [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", "bloom",
 SEEN_BY_STOCK = [
     pair
     for pair in SAVED
-    if pair.model_type not in ("gpt2", "bloom") or pair.scheme in ("yarn", "alibi", "nope", "learned")
+    if pair.model_type not in ("gpt2", *OWN_ATTENTION) or pair.scheme in ("yarn", "alibi", "nope", "learned")
 ]
 STATIC = {"rope", "linear", "ntk", "ntk_by_parts", "yarn", "llama3", "abf", "partial"}
 LENGTH = 60
@@ -47,7 +47,7 @@ LENGTH = 60
 
 def expected_to_be_stock(pair):
     """What the README promises: a RoPE with one set of frequencies, on a model whose own RoPE can say so, and resized tables."""
-    if pair.model_type in ("gpt2", "bloom"):
+    if pair.model_type in ("gpt2", *OWN_ATTENTION):
         return pair.scheme == "learned"
     if pair.model_type == "gemma3_text" and pair.parameters.get("truncate") is False:
         return False  # Transformers 5.23 does not look at it where parameters are nested
@@ -139,7 +139,7 @@ def test_hfpos_loads_it_equal(pair, tmp_path):
     stock = pair.unpatched(**phi3_length(pair))
     assert torch.equal(logits(again), logits(stock))
     assert not hasattr(again.config, "hfpos")
-    ignored = ("_name_or_path", "architectures", "dtype")
+    ignored = ("_name_or_path", "architectures", "dtype", "attn_config")
     base, saved = stock.config.to_dict(), again.config.to_dict()
     assert {key: saved[key] for key in saved if key not in ignored} == {
         key: base[key] for key in base if key not in ignored
@@ -153,6 +153,8 @@ WAYS = [
     Pair("gpt2", "yarn", FACTOR),
     Pair("gpt2", "learned", {"target_length": 64}),
     Pair("bloom", "alibi", FACTOR),
+    Pair("falcon", "alibi", FACTOR),
+    Pair("mpt", "alibi", FACTOR),
     Pair("gemma3_text", "yarn", FACTOR),
 ]
 
@@ -172,7 +174,7 @@ def test_arguments_of_transformers(pair, tmp_path):
     loaded = hfpos.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map={"": "cpu"}, attn_implementation="eager")
     assert loaded.dtype == torch.bfloat16
     backend = loaded.config._attn_implementation.removeprefix("hfpos_")
-    assert backend == ("sdpa" if pair.model_type == "bloom" else "eager")  # eager is all that stock BLOOM has
+    assert backend == ("sdpa" if pair.model_type in ("bloom", "mpt") else "eager")  # eager is all that stock BLOOM has
     error = logits(loaded, LENGTH).float() - logits(model, LENGTH)
     assert error.norm() < 0.04 * logits(model, LENGTH).norm()
 

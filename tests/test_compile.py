@@ -13,7 +13,13 @@ from tests.pairs import ORIGINAL, PAIRS, Pair, difference, tokens
 
 
 LENGTH = ORIGINAL + 5
-ONE_LAYER = {"gpt2": {"n_layer": 1}, "bloom": {"n_layer": 1}, "gemma3_text": {}}
+ONE_LAYER = {
+    "gpt2": {"n_layer": 1},
+    "bloom": {"n_layer": 1},
+    "falcon": {"num_hidden_layers": 1},
+    "mpt": {"n_layers": 1},
+    "gemma3_text": {},
+}
 
 
 def chosen(*names: str) -> list[Pair]:
@@ -32,6 +38,8 @@ EVERY_SCHEME = chosen(
         "bloom-rope",
         "bloom-dynamic",
         "bloom-alibi",
+        "falcon-alibi",
+        "mpt-alibi",
     ),
 )
 PACKED = chosen("llama-yarn", "mistral-alibi", "gpt2-rope", "bloom-alibi")

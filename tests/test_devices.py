@@ -9,7 +9,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_wei
 from accelerate.hooks import remove_hook_from_submodules
 
 import hfpos
-from tests.pairs import PAIRS, Pair, unpatched
+from tests.pairs import OWN_ATTENTION, PAIRS, Pair, unpatched
 from tests.state import logits
 
 
@@ -24,6 +24,8 @@ FEW = [
     Pair("gpt2", "nope"),
     Pair("bloom", "rope"),
     Pair("bloom", "alibi", FACTOR),
+    Pair("falcon", "alibi", FACTOR),
+    Pair("mpt", "alibi", FACTOR),
 ]
 LEARNED = Pair("gpt2", "learned", {"target_length": 600})
 LONGROPE = {"short_factor": [1.1] * 8, "long_factor": [3.3] * 8, "cache": "pinned"} | FACTOR
@@ -85,7 +87,9 @@ def test_cast_before_patching():
     assert torch.equal(model.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", "bloom")], ids=str)
+@pytest.mark.parametrize(
+    "pair", [pair for pair in PAIRS if pair.model_type in ("llama", "gpt2", *OWN_ATTENTION)], ids=str
+)
 def test_cast_after_patching(pair):
     model = pair.model()
     exact = logits(model, 60)

@@ -16,7 +16,13 @@ from tests.state import logits, numbers
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 FACTOR = {"factor": 4}
-TARGETS = {"llama": ["q_proj", "k_proj"], "gpt2": ["c_attn"], "bloom": ["query_key_value"]}
+TARGETS = {
+    "llama": ["q_proj", "k_proj"],
+    "gpt2": ["c_attn"],
+    "bloom": ["query_key_value"],
+    "falcon": ["query_key_value"],
+    "mpt": ["Wqkv"],
+}
 PAIRS = [
     Pair("llama", "yarn", FACTOR),
     Pair("llama", "dynamic", FACTOR),
@@ -26,6 +32,8 @@ PAIRS = [
     Pair("gpt2", "learned", {"target_length": 128}),
     Pair("bloom", "rope"),
     Pair("bloom", "alibi", FACTOR),
+    Pair("falcon", "alibi", FACTOR),
+    Pair("mpt", "alibi", FACTOR),
 ]
 
 

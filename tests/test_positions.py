@@ -4,7 +4,18 @@ import pytest
 import torch
 
 import hfpos
-from tests.pairs import ORIGINAL, PAIRS, ROTARY, WAYS, Pair, checkpointing, difference, tokens, unpatched
+from tests.pairs import (
+    ORIGINAL,
+    OWN_ATTENTION,
+    PAIRS,
+    ROTARY,
+    WAYS,
+    Pair,
+    checkpointing,
+    difference,
+    tokens,
+    unpatched,
+)
 
 
 LENGTHS = 40, 27  # of the rows of a padded batch: one crosses the original length, one does not
@@ -145,13 +156,13 @@ def test_absolute_schemes_feel_a_shift(pair: Pair) -> None:
     assert difference(model(ids, position_ids=torch.arange(20)[None] + 7).logits, model(ids).logits) > 1e-2
 
 
-@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", "bloom"])
+@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", *OWN_ATTENTION])
 @torch.no_grad()
 def test_without_positions_only_the_mask_tells_order(model_type: str) -> None:
     model = unpatched(model_type)
     ids, order = tokens(1, 20), torch.randperm(20, generator=torch.Generator().manual_seed(0))
     everything = torch.ones(1, 1, 20, 20, dtype=torch.bool)
-    if model_type != "bloom":  # which takes no such mask until it is patched
+    if model_type not in OWN_ATTENTION:  # which takes no such mask until it is patched
         before = model(ids, attention_mask=everything).logits
         assert difference(model(ids[:, order], attention_mask=everything).logits, before[:, order]) > 1e-2
     hfpos.patch(model, "nope")
@@ -195,7 +206,7 @@ def test_a_failed_call_leaves_no_positions_behind(pair: Pair) -> None:
         assert torch.equal(model.base_model(ids)[0], pair.model().base_model(ids)[0])
 
 
-@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", "bloom"])
+@pytest.mark.parametrize("model_type", [*ROTARY, "gpt2", *OWN_ATTENTION])
 def test_position_ids_of_several_axes_are_refused(model_type: str) -> None:
     model = hfpos.patch(unpatched(model_type), "nope")
     with pytest.raises(hfpos.PatchError, match=r"position_ids have shape \(3, 1, 20\)"):

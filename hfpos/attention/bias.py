@@ -1,8 +1,13 @@
-"""The bias seam: adds a linear bias to the logits, without a dense bias tensor wherever it can.
+"""The bias seam: adds a scheme's bias to the logits, without a dense bias tensor wherever it can.
 
-`softmax_j(s q.k_j - m (i - j))` does not change when the row constant `-m i` is dropped, and `m j` is a dot product: each query gets
-the extra features `m / s`, each key the features `j`, and plain attention does the rest. Positions thus travel inside q and k,
-and every kernel, mask and sliding window works unchanged at the speed of attention without a bias.
+| the call | how |
+|---|---|
+| one query | a row of the bias, handed to SDPA as its mask |
+| `sdpa`, no mask, on a CPU; a bias that does not separate | blocks of queries (`blocks.py`), the bias a view where it can be |
+| `sdpa`, else, of a bias that separates | extra dimensions of queries and keys (`separable.py`) |
+| `flex_attention`; `auto` on a GPU, of a bias that does not separate | flex_attention (`flex.py`) |
+| `flash_attention_2` | its own ALiBi, or extra dimensions (`flash.py`) |
+| `eager`; attention weights wanted | the bias written out: the reference |
 
 Shapes: B batch, H heads, Hkv key heads, Q queries, K keys, D head_dim.
 """
@@ -12,102 +17,229 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
 
+from hfpos.attention.blocks import Sight, block_attention
 from hfpos.attention.dense import add_bias, full_mask
-from hfpos.attention.interface import is_fused, keep_backend
-from hfpos.constant import Constant, exact
+from hfpos.attention.distances import Distances
+from hfpos.attention.flash import flash_alibi, flash_attention
+from hfpos.attention.flex import biased_flex_attention, refuse_flex
+from hfpos.attention.interface import is_fused, stock_function
+from hfpos.attention.learned import LEARNED, weights_of_layer
+from hfpos.attention.masks import check_mask
+from hfpos.attention.seam import Seam
+from hfpos.attention.separable import WIDEST, fits, separable_attention
+from hfpos.constant import Constant
+from hfpos.scheme import PatchError
+from hfpos.schemes.alibi import Alibi
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
-
     from hfpos.positions import Call
-    from hfpos.schemes.alibi import Alibi
-
-FEATURES = 8  # 3 parts of a position times 2 parts of a slope, padded to what kernels like
-BALANCE = 256.0  # a power of two, exact: keeps positions up to 16 million inside float16's range
+    from hfpos.scheme import Bias, Geometry
 
 
-def split(values: torch.Tensor, dtype: torch.dtype, parts: int) -> list[torch.Tensor]:
-    """`parts` tensors of `dtype` that sum to the float32 `values` as nearly as that many can (3 bfloat16 parts: exactly)."""
-    pieces = []
-    for _ in range(parts):
-        pieces.append(values.to(dtype))
-        values = values - pieces[-1].float()
-    return pieces
-
-
-def linear_features(
-    slopes: torch.Tensor, scaling: float, q_positions: torch.Tensor, k_positions: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features f (H, 8) and g (B, K, 8) with `scaling * <f_h, g_j> = slopes[h] * (k_positions[j] - centre)`.
-
-    The centre, the middle of the row's queries, drops out of the softmax; it keeps the products small, so that float32 sums
-    stay accurate at long range, and makes a one-token call exact near the token. In bfloat16 and float16 positions and slopes
-    are split into parts, so that only the rounding of the kernel's own sums is left.
-    """
-    centre = (q_positions.amin(-1, keepdim=True) + q_positions.amax(-1, keepdim=True)) // 2
-    offsets = (k_positions - centre).float() / BALANCE
-    weights = slopes * (BALANCE / scaling)
-    one_part = dtype in (torch.float32, torch.float64)
-    f = split(weights, dtype, 1 if one_part else 2)
-    g = split(offsets, dtype, 1 if one_part else 3)
-    pairs = [(a, b) for a in f for b in g]
-    room = (0, FEATURES - len(pairs))
-    return pad(torch.stack([a for a, _ in pairs], -1), room), pad(torch.stack([b for _, b in pairs], -1), room)
-
-
-class LinearBias:
-    """ALiBi inside attention.
+class BiasedAttention(Seam):
+    """Attention with a bias.
 
     Args:
-        scheme: gives the slopes, and the dense bias where the fast path does not apply.
-        heads: attention heads of a layer.
+        scheme: gives the bias.
+        geometry: of the model.
     """
 
-    def __init__(self, scheme: Alibi, heads: int) -> None:
+    def __init__(self, scheme: Bias, geometry: Geometry) -> None:
         self.scheme = scheme
-        self.slopes = Constant(exact(scheme.head_slopes(heads)))
+        self.exact = scheme.weights(geometry)
+        self.constants = {name: Constant(value) for name, value in self.exact.items()}
+        place = torch.zeros(1, 1, dtype=torch.int64)
+        factors = scheme.factors(place, place, self.exact)
+        self.separable = factors is not None
+        # so few dimensions more that they cost less than a bias written out, on any kernel
+        self.narrow = factors is not None and factors[0].shape[-1] == 1
+        self.backends = ("auto", "sdpa", "eager")
+        if scheme.relative:
+            self.backends += ("flex_attention",)
+        if self.separable:
+            self.backends += ("flash_attention_2",)
 
-    def check_backend(self, decoder: Any) -> None:
-        """Make sure that attention still goes through the registered functions."""
-        keep_backend(decoder.config)
+    def best(self, own: str) -> str:
+        return "auto" if own == "sdpa" and self.scheme.relative and not self.narrow else own
 
-    def attend(
+    def how(self, backend: str, device: torch.device) -> str:
+        extra = "extra dimensions of q and k"
+        if backend == "eager":
+            return "the bias written out, as eager attention holds all logits anyway"
+        if backend == "flash_attention_2":
+            native = "flash-attention's own ALiBi; where positions do not count up by one, " if self.narrow else ""
+            return native + extra
+        if backend == "flex_attention" or (backend == "auto" and device.type == "cuda"):
+            return "flex_attention, which looks the bias up by the distance"
+        if not self.scheme.relative:
+            return "SDPA by blocks of queries with the bias written out, as it goes by more than the distance"
+        if device.type not in ("cpu", "meta"):
+            return f"SDPA with {extra}, as the bias separates" if self.separable else "SDPA by blocks of queries"
+        masked = extra if self.narrow else "blocks written out"
+        return f"SDPA by blocks of queries, the bias a view of one row, as it goes by distance; masked: {masked}"
+
+    def gather(self, decoder: Any) -> dict[str, torch.Tensor] | None:
+        return getattr(decoder, LEARNED)(None) if self.scheme.learned else None
+
+    def act(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Any,
+        positions: tuple[torch.Tensor, torch.Tensor],
         *,
         call: Call,
         inner: Callable,
+        backend: str,
         scaling: float | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of query (B, H, Q, D) to key, value (B, Hkv, K, D) with the bias: output (B, Q, H, D) and the weights, if any."""
+        self._refuse(module, options)
+        memo = {} if call.memo is None else call.memo
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        slopes, q_positions = self.slopes.on(query.device), call.q_positions.to(query.device)
-        k_positions = call.keys_of_layer(key.shape[2]).to(query.device)
-        # One query: a row of the bias costs less than new keys. A soft cap or an attention sink needs the bias itself, not only
-        # its differences along a row. Against a custom mask that shows the future, only `bidirectional` tells what is meant.
-        # An unfused function holds every logit anyway, and would round the large ones that the features make.
-        needs_bias = kwargs.get("softcap") is not None or hasattr(module, "sinks") or self.scheme.bidirectional
-        if query.shape[2] == 1 or needs_bias or not is_fused(inner):
-            bias = self.scheme.bias(q_positions, k_positions, slopes)
-            mask = full_mask(mask, query, key, module, kwargs.get("is_causal"))
-            mask = add_bias(bias, mask, query.dtype).expand(query.shape[0], -1, -1, -1)
-            return inner(module, query, key, value, mask, scaling=scaling, **kwargs)
-        f, g = linear_features(slopes, scaling, q_positions, k_positions, query.dtype)
-        width = value.shape[-1]
-        query = torch.cat((query, f[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)), dim=-1)
-        same_width = width == key.shape[-1]
-        key = torch.cat((key, g[:, None].expand(key.shape[0], key.shape[1], -1, -1)), dim=-1)
-        if same_width:  # fused kernels want values as wide as keys
-            value = pad(value, (0, FEATURES))
-        output, weights = inner(module, query, key, value, mask, scaling=scaling, **kwargs)
-        return output[..., :width].contiguous(), weights
+        weights = self._weights(module, query, call)
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if backend != "flash_attention_2":  # whose mask is 2-D and hides padding only
+            mask = check_mask(self.scheme, mask, causal, query.shape[2], call.total, memo)
+        sight = Sight(mask, causal, *positions)
+        tensors = module, query, key, value
+        if options.get("output_attentions"):
+            return self._written_out(*tensors, sight, weights, scaling, stock_function("eager", module), options)
+        # A soft cap comes before the bias, an attention sink beside all logits: both need the bias itself in the logits
+        needs_logits = options.get("softcap") is not None or hasattr(module, "sinks")
+        if query.shape[2] == 1 or backend == "eager" or (needs_logits and backend != "flex_attention"):
+            return self._written_out(*tensors, sight, weights, scaling, inner, options)
+        if backend == "flash_attention_2":
+            return self._flash(*tensors, sight, weights, scaling, options)
+        if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(query, options)):
+            return self._flex(query, key, value, sight, weights, scaling, memo, options), None
+        distances = None
+        if mask is None and query.device.type == "cpu":
+            distances = Distances.of(self.scheme, weights, sight)
+        by_features = self.narrow if query.device.type == "cpu" else self.separable
+        if distances is None and by_features and fits(self.scheme, query.shape[-1], query.dtype, weights):
+            return separable_attention(
+                self.scheme, weights, positions, inner, *tensors, mask, scaling=scaling, **options
+            )
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        drop = options.get("dropout", 0.0)
+        output = block_attention(self.scheme, weights, sight, distances, query, key, value, scaling=scaling, drop=drop)
+        return output, None
+
+    def _weights(self, module: Any, query: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
+        if call.weights is not None:
+            return weights_of_layer(call.weights, module.layer_idx, query.device)
+        if query.dtype == torch.float64:
+            return {name: value.to(query.device) for name, value in self.exact.items()}
+        return {name: value.on(query.device) for name, value in self.constants.items()}
+
+    def _refuse(self, module: Any, options: dict[str, Any]) -> None:
+        if options.get("position_bias") is not None:
+            raise PatchError(
+                f"{type(module).__name__} was given a position_bias, and {self.scheme.name!r} is a bias already; leave position_bias out, or "
+                "take the scheme out with hfpos.unpatch"
+            )
+        if options.get("cache") is not None:
+            raise PatchError(
+                f"{type(module).__name__} was called with a paged cache (continuous batching), which does not tell {self.scheme.name!r} where "
+                "its keys stand; generate without it"
+            )
+
+    def _written_out(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sight: Sight,
+        weights: dict[str, torch.Tensor],
+        scaling: float,
+        inner: Callable,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The bias as the additive mask of a stock function, float32 or wider where that takes it: of one query, a row."""
+        scaled = query * scaling if self.scheme.reads_query else None
+        bias = self.scheme.bias(sight.q_positions, sight.k_positions, weights, scaled)
+        mask = full_mask(sight.mask, query, key, module, sight.causal)
+        only_narrow = is_fused(inner) and query.device.type != "cpu"
+        wide = query.dtype if only_narrow else torch.promote_types(query.dtype, torch.float32)
+        mask = add_bias(bias, mask, wide).expand(query.shape[0], -1, -1, -1)
+        return inner(module, query, key, value, mask, scaling=scaling, **options)
+
+    def _prefers_flex(self, query: torch.Tensor, options: dict[str, Any]) -> bool:
+        possible = query.is_cuda and not options.get("dropout") and not torch.compiler.is_compiling()
+        return self.scheme.relative and not self.narrow and possible
+
+    def _flex(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sight: Sight,
+        weights: dict[str, torch.Tensor],
+        scaling: float,
+        memo: dict[Any, Any],
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        tensors = (query, key, value, *weights.values())
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        refuse_flex(self.scheme, differentiable, query.device.type, options)
+        softcap = options.get("softcap")
+        return biased_flex_attention(
+            self.scheme, weights, sight, query, key, value, scaling=scaling, softcap=softcap, memo=memo
+        )
+
+    def _flash(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sight: Sight,
+        weights: dict[str, torch.Tensor],
+        scaling: float,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if (
+            sight.mask is None
+            and options.get("position_ids") is None
+            and bool((sight.q_positions.diff(dim=-1) <= 0).any())
+        ):
+            raise PatchError(
+                f"{type(module).__name__} packs documents, and does not tell flash_attention_2 where they begin; choose backend='sdpa'"
+            )
+        if isinstance(self.scheme, Alibi):
+            window, drop = options.get("sliding_window"), options.get("dropout", 0.0)
+            output = flash_alibi(
+                weights["slopes"], sight, query, key, value, scaling=scaling, dropout=drop, window=window
+            )
+            if output is not None:
+                return output, None
+        if not fits(self.scheme, query.shape[-1], query.dtype, weights):
+            raise PatchError(
+                f"{self.scheme.name!r} needs more than {WIDEST} dimensions a head on flash_attention_2 (here {query.shape[-1]} and its own); "
+                "choose backend='sdpa'"
+            )
+        positions = sight.q_positions, sight.k_positions
+        return separable_attention(
+            self.scheme,
+            weights,
+            positions,
+            flash_attention,
+            module,
+            query,
+            key,
+            value,
+            sight.mask,
+            scaling=scaling,
+            **options,
+        )

@@ -1,8 +1,16 @@
 """The only code that registers with Transformers' attention and mask interfaces.
 
 An attention implementation and its mask function are registered under one name, always as a pair: without the second, padding is
-dropped in silence. `hfpos_sdpa` stands on Transformers' `sdpa`, `hfpos_eager` on the family's own eager function; both hand queries
-and keys to the seam in the call's `Call` first. The names may contain neither `flash` nor `/`: Transformers reads those.
+dropped in silence. Each of ours stands on one of Transformers' and hands queries and keys to the seam in the call's `Call` first. The
+names may contain neither `flash` nor `/`: Transformers reads those.
+
+| name | stands on | masks |
+|---|---|---|
+| `hfpos_auto` | flex_attention on a GPU where that can do the scheme, else sdpa | sdpa's |
+| `hfpos_sdpa` | sdpa | sdpa's |
+| `hfpos_flex` | flex_attention | sdpa's: boolean ones, from which the blocks that are left out follow |
+| `hfpos_fa2` | flash_attention_2 | its own |
+| `hfpos_eager` | the family's own eager function | eager's |
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hfpos.attention.dense import eager_attention
-from hfpos.scheme import PatchError
+from hfpos.scheme import PatchError, did_you_mean
 
 
 if TYPE_CHECKING:
@@ -24,17 +32,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIX = "hfpos_"
-BACKENDS = ("sdpa", "eager")
-SPARSE = (
-    "indices",
-    "block_indices",
-)  # what families with sparse attention hand to an implementation that they do not know
+NAMES = {
+    "auto": "hfpos_auto",
+    "sdpa": "hfpos_sdpa",
+    "flex_attention": "hfpos_flex",
+    "flash_attention_2": "hfpos_fa2",
+    "eager": "hfpos_eager",
+}
+ALIASES = {"flex": "flex_attention", None: "sdpa"}
+STOCK = {"auto": "sdpa"}  # what each stands on, where that is not the same
+MASKS = {"auto": "sdpa", "flex_attention": "sdpa"}
+# what families with sparse attention hand to an implementation that they do not know
+SPARSE = ("indices", "block_indices")
 
 
 def stock_function(backend: str, module: nn.Module) -> Callable:
     """The attention function of Transformers (`sdpa`) or of the module's own family (`eager`)."""
     if backend != "eager":
-        return ALL_ATTENTION_FUNCTIONS[backend]
+        return ALL_ATTENTION_FUNCTIONS[STOCK.get(backend, backend)]
     family = sys.modules[type(module).__module__]
     return getattr(family, "eager_attention_forward", eager_attention)
 
@@ -54,7 +69,6 @@ def _make(backend: str) -> Callable:
         hfpos: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inner = stock_function(backend, module)
         if hfpos is None and not getattr(module, "is_cross_attention", False):
             raise PatchError(
                 f"{type(module).__name__} was called without the positions of its tokens: this family's layers do not hand keyword "
@@ -67,32 +81,36 @@ def _make(backend: str) -> Callable:
                 "scheme of the freq seam"
             )
         if hfpos is None or hfpos.seam is None:
-            return inner(module, query, key, value, attention_mask, **kwargs)
-        return hfpos.seam.attend(module, query, key, value, attention_mask, call=hfpos, inner=inner, **kwargs)
+            return stock_function(backend, module)(module, query, key, value, attention_mask, **kwargs)
+        return hfpos.seam.attend(module, query, key, value, attention_mask, call=hfpos, backend=backend, **kwargs)
 
-    attention.__name__ = f"{PREFIX}{backend}"
+    attention.__name__ = NAMES[backend]
     return attention
 
 
-for _backend in BACKENDS:
-    AttentionInterface.register(PREFIX + _backend, _make(_backend))
-    AttentionMaskInterface.register(PREFIX + _backend, ALL_MASK_ATTENTION_FUNCTIONS[_backend])
+for _backend, _name in NAMES.items():
+    AttentionInterface.register(_name, _make(_backend))
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[MASKS.get(_backend, _backend)])
 
 
-def patched_backend(backend: str | None) -> str:
-    """The registered name that stands on `backend`; `PatchError` where there is none."""
-    backend = backend or "sdpa"
-    if backend.startswith(PREFIX):
-        return backend
-    if backend not in BACKENDS:
+def patched_backend(backend: str | None, offered: tuple[str, ...]) -> str:
+    """The registered name that stands on `backend`; `PatchError` unless that is among the ones `offered` by a seam."""
+    backend = backend_of(str(backend)) or backend
+    chosen = ALIASES.get(backend, backend)
+    if chosen not in offered:
         raise PatchError(
-            f"attention implementation {backend!r} cannot carry this scheme; expected one of {BACKENDS}: call "
-            'model.set_attn_implementation("sdpa") first'
+            f"attention implementation {backend!r} cannot carry this scheme: {did_you_mean(str(backend), offered)}; choose one with "
+            'patch(..., backend=) or model.set_attn_implementation("sdpa")'
         )
-    return PREFIX + backend
+    return NAMES[chosen]
 
 
-def keep_backend(config: Any) -> None:
+def backend_of(name: str) -> str | None:
+    """What the registered `name` stands on; None where it is not one of ours."""
+    return next((backend for backend, ours in NAMES.items() if ours == name), None)
+
+
+def keep_backend(config: Any, offered: tuple[str, ...]) -> None:
     """Undo a `set_attn_implementation("eager")` made after patching, in what would lose the scheme, not in what was wanted."""
-    if not str(config._attn_implementation).startswith(PREFIX):
-        config._attn_implementation = patched_backend(config._attn_implementation)
+    if config._attn_implementation not in NAMES.values():
+        config._attn_implementation = patched_backend(config._attn_implementation, offered)

@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from hfpos.attention.interface import is_fused, keep_backend
+from hfpos.attention.interface import is_fused
 from hfpos.attention.merged import can_merge, merged_attention
+from hfpos.attention.seam import Seam
 from hfpos.attention.tiles import Tiles
 from hfpos.constant import Constant
 from hfpos.rotation import cos_sin, rotate
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 OF_WHOLE_ROWS = ("position_bias", "cache")
 
 
-class NearFarRotation:
+class NearFarRotation(Seam):
     """Rotates queries and cached keys inside attention, by one of two pairs of positions.
 
     Args:
@@ -64,27 +65,22 @@ class NearFarRotation:
         self.window = scheme.resolved_window(geometry)
         self.inv_freq = Constant(scheme.frequencies(geometry)[0] if inv_freq is None else inv_freq)
 
-    def check_backend(self, decoder: Any) -> None:
-        """Make sure that attention still goes through the registered functions."""
-        keep_backend(decoder.config)
-
-    def attend(
+    def act(
         self,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        positions: tuple[torch.Tensor, torch.Tensor],
         *,
         call: Call,
         inner: Callable,
+        backend: str,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of unrotated query (B, H, Q, D) to unrotated key, value (B, Hkv, K, D): output (B, Q, H, D) and the weights, if any."""
-        if self.layer_type is not None and module.config.layer_types[module.layer_idx] != self.layer_type:
-            return inner(module, query, key, value, mask, **kwargs)
-        q_positions = call.q_positions.to(query.device)
-        k_positions = call.keys_of_layer(key.shape[2]).to(query.device)
+        q_positions, k_positions = positions
         if query.shape[2] == 1:
             k_positions = self._seen_by_one(q_positions, k_positions)
         if query.shape[2] == 1 or self._all_near(q_positions, k_positions):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hfpos.attention.dense import full_mask
-from hfpos.attention.interface import keep_backend
+from hfpos.attention.seam import Seam
 from hfpos.rotation import cos_sin, rotate
 
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 2**24  # of keys rotated once for each query: 64 MiB in float32
 
 
-class LengthAwareRotation:
+class LengthAwareRotation(Seam):
     """Rotates queries and cached keys inside attention.
 
     Args:
@@ -47,27 +47,22 @@ class LengthAwareRotation:
         self.layer_type = layer_type
         self.original_length = scheme.resolved_original(geometry)
 
-    def check_backend(self, decoder: Any) -> None:
-        """Make sure that attention still goes through the registered functions."""
-        keep_backend(decoder.config)
-
-    def attend(
+    def act(
         self,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        positions: tuple[torch.Tensor, torch.Tensor],
         *,
         call: Call,
         inner: Callable,
+        backend: str,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of unrotated query (B, H, Q, D) to unrotated key, value (B, Hkv, K, D): output (B, Q, H, D) and the weights, if any."""
-        if self.layer_type is not None and module.config.layer_types[module.layer_idx] != self.layer_type:
-            return inner(module, query, key, value, mask, **kwargs)
-        q_positions = call.q_positions.to(query.device)
-        k_positions = call.keys_of_layer(key.shape[2]).to(query.device)
+        q_positions, k_positions = positions
         one_set = self._one_set(module, query, key, value, q_positions, k_positions, inner, kwargs)
         if call.lengths is not None:
             return one_set(call.lengths.to(query.device), slice(None), mask)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from hfpos.attention.bias import LinearBias
+from hfpos.attention.learned import LEARNED, weights_of_layer
 from hfpos.describe import describe
 from hfpos.families import family_of
 from hfpos.patching import language_model, record_of
 from hfpos.report.results import Pattern
+from hfpos.scheme import Bias
 from hfpos.schemes.alibi import Alibi
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POINTS = 64
 
@@ -35,9 +39,10 @@ def pattern(model: nn.Module, length: int) -> Pattern | None:
     distances = np.unique(np.geomspace(1, max(length - 1, 1), POINTS).round().astype(int))
     record = record_of(target)
     scheme = record.scheme if record else Alibi() if describe(model).scheme == "alibi" else None
-    if isinstance(scheme, Alibi):
-        slopes = LinearBias(scheme, family_of(target).geometry().heads).slopes.values
-        bias = scheme.bias(torch.from_numpy(distances)[None], torch.zeros(1, 1, dtype=torch.long), slopes)[0, :, :, 0]
+    if isinstance(scheme, Bias):
+        if scheme.reads_query:
+            return None  # no curve holds for every query
+        bias = _biases(target, scheme, distances, length)
         rows = bias.min(0).values, bias.median(0).values, bias.max(0).values
         return Pattern("bias", tuple(distances.tolist()), *(tuple(row.tolist()) for row in rows))
     inv_freq, multiplier = _frequencies(model, length)
@@ -46,6 +51,23 @@ def pattern(model: nn.Module, length: int) -> Pattern | None:
     seen = _distances_seen(model, distances, length)
     curve = tuple((multiplier * np.cos(np.outer(seen, inv_freq)).mean(1)).tolist())
     return Pattern("rotation", tuple(distances.tolist()), curve, curve, curve)
+
+
+@torch.no_grad()
+def _biases(target: PreTrainedModel, scheme: Bias, distances: np.ndarray, length: int) -> torch.Tensor:
+    """The bias (layers x heads, distances) of the last of `length` tokens, with the weights that the model has now."""
+    family = family_of(target)
+    scheme = family.bias_scheme(scheme)
+    learned = getattr(family.decoder, LEARNED)(None) if scheme.learned else None
+    layers = range(max(len(rows) for rows in learned.values())) if learned else (0,)
+    last = torch.tensor([[length - 1]])
+    found = []
+    for layer in layers:
+        weights = scheme.weights(family.geometry())
+        if learned:
+            weights = weights_of_layer(learned, layer, torch.device("cpu"))
+        found.append(scheme.bias(last, last - torch.from_numpy(distances)[None], weights)[0, :, 0])
+    return torch.cat(found)
 
 
 def _distances_seen(model: nn.Module, distances: np.ndarray, length: int) -> np.ndarray:

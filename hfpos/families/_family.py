@@ -7,12 +7,13 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hfpos.attention.bias import LinearBias
+from hfpos.attention.bias import BiasedAttention
 from hfpos.attention.interface import patched_backend
+from hfpos.attention.learned import LEARNED, LearnedBias
 from hfpos.attention.near_far import NearFarRotation
 from hfpos.attention.rotary import LengthAwareRotation
 from hfpos.configuration import BLOCK, changed_values, guard, mark_adapters, own_copy
-from hfpos.plan import Attribute, Hook, Plan, set_attribute
+from hfpos.plan import Added, Attribute, Hook, Plan, own_attribute, set_attribute
 from hfpos.positions import PositionHook
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, Rope, Scheme
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hfpos.attention.seam import Seam
     from hfpos.plan import Edit
+    from hfpos.scheme import Bias
 
 
 def calls_interface(decoder: nn.Module) -> bool:
@@ -135,13 +138,18 @@ class Family(ABC):
         """Whether a scheme can act inside this family's attention."""
         return calls_interface(self.decoder)
 
-    def plan(self, scheme: Scheme, root: nn.Module, tokenizer: Any = None) -> Plan:
+    def bias_scheme(self, scheme: Bias) -> Bias:
+        """For the bias seam: `scheme` with what this family's own bias has that the paper's has not, where nothing was given instead."""
+        return scheme
+
+    def plan(self, scheme: Scheme, root: nn.Module, tokenizer: Any = None, backend: str = "auto") -> Plan:
         """Every edit that puts `scheme` into the model. Raises `PatchError` and changes nothing where that cannot work.
 
         Args:
             scheme: what to put in.
             root: the model as the caller holds it, possibly a wrapper around `self.model`.
             tokenizer: its `model_max_length` follows the patched length.
+            backend: the attention implementation to stand on.
         """
         geometry = self.geometry()
         if scheme.seam not in self.seams:
@@ -170,14 +178,20 @@ class Family(ABC):
         else:
             edits += self.positions_off(config)
             if scheme.seam == "bias":
-                options["seam"] = LinearBias(scheme, geometry.heads)  # type: ignore[arg-type]
+                options["seam"] = BiasedAttention(self.bias_scheme(scheme), geometry)  # type: ignore[arg-type]
+                edits += self._learned_edits(scheme, geometry)  # type: ignore[arg-type]
             elif scheme.seam == "score":
                 options["seam"] = self.score_seam(scheme, geometry)
                 options["pins_prompt"] = getattr(scheme, "pins_prompt", False)
             elif scheme.seam == "embed":
                 options["table"] = scheme.table  # type: ignore[attr-defined]
         if options.get("seam") is not None:
-            config._attn_implementation = patched_backend(self.backend())
+            config._attn_implementation = self._patched_backend(backend, options["seam"])
+        elif backend != "auto":
+            raise PatchError(
+                f"{scheme.name!r} does not act inside attention, so backend={backend!r} has no meaning for it; choose the model's attention "
+                "implementation with model.set_attn_implementation"
+            )
         hook = PositionHook(self.decoder, **options)
         edits.append(Hook(self.decoder, "register_forward_pre_hook", hook.before, {"with_kwargs": True}))
         edits.append(Hook(self.decoder, "register_forward_hook", hook.after, {"with_kwargs": True}))
@@ -191,6 +205,24 @@ class Family(ABC):
     def backend(self) -> str | None:
         """The attention implementation that the patched model stands on."""
         return self.config._attn_implementation
+
+    def _patched_backend(self, wanted: str, seam: Seam) -> str:
+        """The registered name of the `wanted` backend, or of what the seam chooses where that is `auto`."""
+        own = self.backend() or "sdpa"
+        return patched_backend(seam.best(own) if wanted == "auto" else wanted, seam.backends)
+
+    def _learned_edits(self, scheme: Bias, geometry: Geometry) -> list[Edit]:
+        """The edit that puts the weights of a learned bias into the decoder."""
+        if not scheme.learned:
+            return []
+        indices = (getattr(module, "layer_idx", None) for module in self.decoder.modules())
+        layers = 1 + max((index for index in indices if isinstance(index, int)), default=-1)
+        if not layers:
+            raise PatchError(
+                f"{scheme.name!r} has weights for each layer, and the layers of {type(self.model).__name__} do not say which they are"
+            )
+        weights = LearnedBias(scheme.weights(geometry), layers, scheme.shared)
+        return [Added(self.decoder, LEARNED, own_attribute(self.decoder, LEARNED), weights)]
 
     def _length_edits(self, length: int | None, config: PreTrainedConfig) -> list[Edit]:
         """Raise every stated limit to the patched length."""

@@ -252,9 +252,9 @@ class RotaryDecoder(Family):
             for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
         )
 
-    def plan(self, scheme: Any, root: nn.Module, tokenizer: Any = None) -> Any:
+    def plan(self, scheme: Any, root: nn.Module, tokenizer: Any = None, backend: str = "auto") -> Any:
         self._scoring = scheme.seam == "score"
-        return super().plan(scheme, root, tokenizer)
+        return super().plan(scheme, root, tokenizer, backend)
 
     def _kept_when_off(self) -> list[str]:
         """The frequencies that stay in place: those of the layers that the score seam leaves alone."""

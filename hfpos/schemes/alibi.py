@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hfpos.scheme import Geometry, PatchError, Scheme, require_number
+from hfpos.constant import exact
+from hfpos.scheme import Bias, Geometry, PatchError, require_number
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -28,7 +29,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alibi(Scheme):
+class Alibi(Bias):
     """ALiBi: `-m_h * (i - j)` is added to the logit of query i and key j; no other position information.
 
     Paper: Train Short, Test Long, arXiv 2108.12409. On BLOOM these are the trained positions, and `factor` extends them.
@@ -56,8 +57,8 @@ class Alibi(Scheme):
                 require_number(self.name, "slopes", slope, least=0)
 
     @property
-    def seam(self) -> str:
-        return "bias"
+    def two_sided(self) -> bool:
+        return self.bidirectional
 
     def check(self, geometry: Geometry) -> None:
         if self.slopes is not None and len(self.slopes) != geometry.heads:
@@ -73,14 +74,33 @@ class Alibi(Scheme):
         """The slopes in use: the given ones or the paper's, divided by the factor."""
         return [slope / self.factor for slope in (alibi_slopes(heads) if self.slopes is None else self.slopes)]
 
-    def bias(self, q_positions: torch.Tensor, k_positions: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-        """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of `slopes` (H,).
+    def weights(self, geometry: Geometry) -> dict[str, torch.Tensor]:
+        return {"slopes": exact(self.head_slopes(geometry.heads))}
+
+    def bias(
+        self,
+        q_positions: torch.Tensor,
+        k_positions: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        query: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of the slopes (H,).
 
         >>> positions = torch.arange(3)[None]
-        >>> Alibi().bias(positions, positions, torch.tensor([0.5]))[0, 0, 2].tolist()
+        >>> Alibi().bias(positions, positions, {"slopes": torch.tensor([0.5])})[0, 0, 2].tolist()
         [-1.0, -0.5, -0.0]
         """
+        slopes = weights["slopes"]
         distance = q_positions[:, None, :, None] - k_positions[:, None, None, :]
         if self.bidirectional:
             distance = distance.abs()
         return -slopes[:, None, None] * distance.to(slopes.dtype)
+
+    def factors(
+        self, q_positions: torch.Tensor, k_positions: torch.Tensor, weights: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`-m (i - j)` is `m j`, but for what depends on i alone; `-m |i - j|` does not separate."""
+        if self.bidirectional:
+            return None
+        slopes = weights["slopes"]
+        return slopes[None, :, None, None], k_positions[:, None, :, None].to(slopes.dtype)

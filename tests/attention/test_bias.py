@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hfpos
-from hfpos.attention.bias import LinearBias
-from hfpos.attention.interface import stock_function
+from hfpos.attention.bias import BiasedAttention
 from hfpos.positions import Call
+from hfpos.scheme import Geometry
 from hfpos.schemes import Alibi
 from tests.pairs import ROTARY, difference, tokens, unpatched, use_backend
 from tests.reference import llama_logits
@@ -25,6 +25,11 @@ def layer(heads: int, key_heads: int) -> torch.nn.Module:
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal, module.config = heads // key_heads, True, SimpleNamespace()
     return module.eval()
+
+
+def geometry(heads: int) -> Geometry:
+    """Of a model with heads of 64."""
+    return Geometry(heads=heads, head_dim=64, rotary_dim=64, theta=1e4, trained_length=512, allowed_length=512)
 
 
 def example(heads: int, key_heads: int, dtype: torch.dtype, spacing: int) -> tuple[torch.Tensor, ...]:
@@ -62,13 +67,13 @@ def attend(
     k_positions: torch.Tensor,
     **options: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same by `LinearBias`, under the mask that `backend` is given for it."""
-    bias, module = LinearBias(Alibi(), q.shape[1]), layer(q.shape[1], k.shape[1])
+    """The same by `BiasedAttention`, under the mask that `backend` is given for it."""
+    bias, module = BiasedAttention(Alibi(), geometry(q.shape[1])), layer(q.shape[1], k.shape[1])
     visible = k_positions[:, None, None, :] <= q_positions[:, None, :, None]
     low = torch.finfo(q.dtype).min
     mask = visible if backend == "sdpa" else torch.where(visible, torch.tensor(0, dtype=q.dtype), low)
     call = Call(bias, q_positions, k_positions, k.shape[2])
-    return bias.attend(module, q, k, v, mask, call=call, inner=stock_function(backend, module), **options)
+    return bias.attend(module, q, k, v, mask, call=call, backend=backend, **options)
 
 
 @pytest.mark.parametrize("spacing", [1, 20])  # the second one reaches over 60,000 positions
@@ -144,11 +149,11 @@ def test_bidirectional_distances_have_no_sign(backend: str) -> None:
     q, k, v, _, k_positions = example(4, 4, torch.float32, 1)
     k, v, q_positions = k[:, :, :QUERIES], v[:, :, :QUERIES], k_positions[:, :QUERIES]
     scheme = Alibi(bidirectional=True)
-    bias, module = LinearBias(scheme, 4), layer(4, 4)
+    bias, module = BiasedAttention(scheme, geometry(4)), layer(4, 4)
     everything = torch.ones(1, 1, QUERIES, QUERIES, dtype=torch.bool)
     mask = everything if backend == "sdpa" else torch.zeros(1, 1, QUERIES, QUERIES)
     call = Call(bias, q_positions, q_positions, QUERIES)
-    output, _ = bias.attend(module, q, k, v, mask, call=call, inner=stock_function(backend, module))
+    output, _ = bias.attend(module, q, k, v, mask, call=call, backend=backend)
     distance = (q_positions[0][:, None] - q_positions[0]).abs().double()
     slopes = torch.tensor(scheme.head_slopes(4), dtype=torch.float64)[:, None, None]
     logits = q.double() @ k.double().transpose(-1, -2) / 8 - slopes * distance

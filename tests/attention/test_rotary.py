@@ -9,7 +9,6 @@ import torch
 
 import hfpos
 from hfpos.attention import rotary
-from hfpos.attention.interface import stock_function
 from hfpos.positions import Call
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry
@@ -101,7 +100,7 @@ def attend(
     mask = visible() if backend == "sdpa" else torch.where(visible(), 0.0, torch.finfo(q.dtype).min).to(q.dtype)
     mask = mask.expand(2, -1, -1, -1)
     call = Call(seam, q_positions, k_positions, KEYS)
-    return seam.attend(module, q, k, v, mask, call=call, inner=stock_function(backend, module))[0]
+    return seam.attend(module, q, k, v, mask, call=call, backend=backend)[0]
 
 
 STARTS = [5, ORIGINAL - QUERIES, ORIGINAL - 9, ORIGINAL, 500]  # within, up to the boundary, across it, beyond

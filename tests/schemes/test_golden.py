@@ -1,6 +1,7 @@
 """The mathematics of every scheme against numbers that other people's code gave; `tests/golden/<scheme>.json` says which and how.
 
-A reference run in float64 must agree to the ten digits kept, one run in float32 to 3e-6.
+A reference run in float64 must agree to the ten digits kept, one run in float32 to 3e-6. Biases are computed from float32
+weights as well, and must then agree to 1e-6.
 """
 
 import json
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 import hfpos
-from hfpos.attention.interface import stock_function
 from hfpos.attention.near_far import NearFarRotation
 from hfpos.positions import Call
 from hfpos.rotation import cos_sin, inverse_frequencies, rotate
@@ -65,23 +65,65 @@ def check_rotation(entry, scheme):
 
 
 def check_bias(entry, scheme):
-    slopes = scheme.head_slopes(entry["heads"])
     if "slopes" in entry:
-        assert slopes == pytest.approx(entry["slopes"], rel=1e-9)
+        assert scheme.head_slopes(entry["heads"]) == pytest.approx(entry["slopes"], rel=1e-9)
         return
-    positions = torch.arange(entry["length"])[None]
-    bias = scheme.bias(positions, positions, torch.tensor(slopes, dtype=torch.float64))[0]
-    seen = torch.ones(entry["length"], entry["length"]).tril().bool()
-    if "full" in entry:
-        expected = torch.tensor(entry["full"], dtype=torch.float64)
-    elif "causal" in entry:
-        expected = torch.tensor(entry["causal"], dtype=torch.float64)
-        bias = bias * seen
-    else:  # one row for every query: equal after a shift by a constant for each query, which the softmax takes away
-        expected = torch.tensor(entry["row"], dtype=torch.float64)[:, None].expand_as(bias)
+    geometry = Geometry(
+        heads=entry["heads"],
+        head_dim=entry.get("head_dim", 16),
+        rotary_dim=16,
+        theta=1e4,
+        trained_length=None,
+        allowed_length=None,
+    )
+    scheme.check(geometry)
+    weights = scheme.weights(geometry)
+    for key, values in (load(scheme.name).get("weights", {}) | entry.get("weights", {})).items():
+        given = torch.tensor(values, dtype=torch.float64)
+        assert given.shape == weights[key].shape
+        weights[key] = given
+    q_positions, k_positions = bias_positions(entry)
+    query = None
+    if "query" in entry:
+        query = torch.tensor(entry["query"], dtype=torch.float64) * geometry.head_dim**-0.5
+    for dtype, tolerance in (
+        (torch.float64, {"rtol": 1e-8, "atol": 1e-12}),
+        (torch.float32, {"rtol": 1e-6, "atol": 1e-6}),
+    ):
+        cast = {key: values.to(dtype) for key, values in weights.items()}
+        found = scheme.bias(q_positions, k_positions, cast, query)[0]
+        assert found.dtype == dtype
+        torch.testing.assert_close(*comparable(entry, found.double()), **tolerance)
+
+
+def bias_positions(entry):
+    if "length" in entry:
+        return (torch.arange(entry["length"])[None],) * 2
+    if "runs" in entry:
+        keys = torch.cat([torch.arange(first, last + 1) for first, last, _ in entry["runs"]])
+        return torch.tensor([[600]]), 600 + keys[None]
+    distances = torch.tensor(entry["distances"])
+    return distances.max().view(1, 1), distances.max() - distances[None]
+
+
+def comparable(entry, bias):
+    """The bias (H, Q, K) and the published numbers, both without what they may differ in."""
+    if "runs" in entry:
+        buckets = [bucket for first, last, bucket in entry["runs"] for _ in range(first, last + 1)]
+        return bias[0, 0], torch.tensor(buckets, dtype=torch.float64)
+    kind = next(kind for kind in ("full", "causal", "row", "at_distance") if kind in entry)
+    expected = torch.tensor(entry[kind], dtype=torch.float64)
+    seen = torch.ones(bias.shape[1:]).tril().bool()
+    if kind == "at_distance":
+        bias = bias[:, 0]
+    if kind == "row":  # for every query: equal after a shift by a constant for each, which the softmax takes away
+        expected = expected[:, None].expand_as(bias)
         expected = expected - expected.diagonal(dim1=-2, dim2=-1)[:, :, None]
+    if kind in ("causal", "row"):
         bias, expected = bias * seen, expected * seen
-    torch.testing.assert_close(bias, expected, rtol=1e-8, atol=1e-12)
+    if "up_to_constant" in entry:
+        bias, expected = bias - bias[:, :1], expected - expected[:, :1]
+    return bias, expected
 
 
 def check_table(entry, scheme):
@@ -117,7 +159,7 @@ def check_attention(entry, scheme):
     expected = torch.tensor(entry["output"], dtype=torch.float64)
     for dtype in (torch.float64, torch.float32):
         inputs = (x.to(dtype) for x in (q, k, v))
-        output, _ = seam.attend(module, *inputs, None, call=call, inner=stock_function("sdpa", module))
+        output, _ = seam.attend(module, *inputs, None, call=call, backend="sdpa")
         torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=0, atol=1e-6)
 
 

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfpos
 from hfpos.attention import near_far, tiles
-from hfpos.attention.interface import stock_function
 from hfpos.positions import Call
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError
@@ -88,7 +87,7 @@ def attend(
     module.num_key_value_groups, module.is_causal, module.config = 2, True, SimpleNamespace()
     seam = near_far.NearFarRotation(create(**PARAMETERS), MODEL, convention)
     call = Call(seam, q_positions, k_positions, k.shape[2])
-    return seam.attend(module, q, k, v, mask, call=call, inner=stock_function(backend, module), **more)[0]
+    return seam.attend(module, q, k, v, mask, call=call, backend=backend, **more)[0]
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -219,7 +218,7 @@ def test_nothing_is_as_large_as_all_queries_by_all_keys(kind: str, request: pyte
     module.num_key_value_groups, module.is_causal = 2, True
     call = Call(seam, positions, positions, length)
     with Largest() as largest:
-        output, _ = seam.attend(module, q, k, v, None, call=call, inner=stock_function("sdpa", module))
+        output, _ = seam.attend(module, q, k, v, None, call=call, backend="sdpa")
         output.sum().backward()
     assert q.grad.abs().max() > 0
     assert largest.elements <= tiles.BLOCK * (length + tiles.BLOCK + WINDOW)

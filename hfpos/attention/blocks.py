@@ -1,0 +1,164 @@
+"""A bias over blocks of queries: SDPA for each block, with the bias of that block only.
+
+Never more of the bias is held than `block x keys`. Where it depends on the distance alone and positions count up by one, not even that: a
+row of numbers for each head, one for each distance, is all there is, and a block's bias is a view of it (`distances.py`). In the backward
+pass a block's bias and weights are computed again, unless they are such a view and nothing in it is learned.
+
+Shapes: B batch, H heads, Q queries, K keys, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from hfpos.attention.dense import add_bias
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hfpos.attention.distances import Distances
+    from hfpos.scheme import Bias
+
+    Weights = dict[str, torch.Tensor]
+
+FEWEST, MOST = 256, 1024  # queries of a block whose bias costs no memory
+ELEMENTS = 2**24  # of the bias of a block that does: 64 MiB in float32
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys a query sees, and where the two stand.
+
+    Attributes:
+        mask: (B or 1, 1 or H, Q, K) boolean; None for what `causal` says.
+        causal: without a mask query i sees keys 0 .. i, else all.
+        q_positions, k_positions: (B or 1, Q) and (B or 1, K).
+    """
+
+    mask: torch.Tensor | None
+    causal: bool
+    q_positions: torch.Tensor
+    k_positions: torch.Tensor
+
+    def of(self, columns: slice) -> tuple[slice, torch.Tensor | None]:
+        """The keys that the queries in `columns` see between them, as one slice, and the mask of these, if any."""
+        keys = self.k_positions.shape[1]
+        if self.mask is None:
+            if not self.causal:
+                return slice(0, keys), None
+            span = slice(0, min(columns.stop, keys))
+            rows = torch.arange(columns.start, columns.stop, device=self.k_positions.device)[:, None]
+            return span, (torch.arange(span.stop, device=rows.device) <= rows)[None, None]
+        mask = self.mask[:, :, columns] if self.mask.shape[2] > 1 else self.mask
+        span = slice(0, keys)
+        if not torch.compiler.is_compiling():  # which cannot look at the numbers
+            index = mask.flatten(0, -2).any(0).nonzero()
+            span = slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 1)
+        return span, mask[..., span]
+
+
+def block_attention(
+    scheme: Bias,
+    weights: Weights,
+    sight: Sight,
+    distances: Distances | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    drop: float = 0.0,
+) -> torch.Tensor:
+    """Attention with the bias of `scheme`: query (B, H, Q, D), key and value (B, H, K, D) -> (B, Q, H, D).
+
+    Args:
+        weights: of the scheme.
+        sight: who sees what, and from where.
+        distances: the same bias by distance, where it goes by that alone.
+        scaling: the factor on the logits before the bias.
+        drop: the probability of attention dropout.
+    """
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in weights.values())
+    differentiable = torch.is_grad_enabled() and (learning or any(x.requires_grad for x in (query, key, value)))
+    rows = _rows(query, key, free=distances is not None and not learning)
+    if distances is not None:
+        of_block = partial(_with_view, distances, scaling=scaling, drop=drop)
+        again = learning
+    else:
+        of_block = partial(_with_bias, scheme, weights, sight, scaling=scaling, drop=drop)
+        again = differentiable
+    if not differentiable:
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        for columns in _blocks(query.shape[2], rows):
+            output[:, columns] = of_block(query, key, value, columns).transpose(1, 2)
+        return output
+    parts = []
+    for columns in _blocks(query.shape[2], rows):
+        if again and not torch.compiler.is_compiling():
+            parts.append(checkpoint(of_block, query, key, value, columns, use_reentrant=False))
+        else:
+            parts.append(of_block(query, key, value, columns))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _blocks(queries: int, rows: int) -> Iterator[slice]:
+    for start in range(0, queries, rows):
+        yield slice(start, min(start + rows, queries))
+
+
+def _rows(query: torch.Tensor, key: torch.Tensor, free: bool) -> int:
+    """How many queries make a block: more are faster, fewer compute less that is not seen and hold less."""
+    batch, heads, queries, _ = query.shape
+    if free:
+        return min(max(queries // 8, FEWEST), MOST)
+    return min(max(ELEMENTS // (batch * heads * key.shape[2]), 16), FEWEST)
+
+
+def _with_view(
+    distances: Distances, query: Any, key: Any, value: Any, columns: slice, *, scaling: float, drop: float
+) -> torch.Tensor:
+    """One block whose bias is a view of a row of numbers, which it is when its queries go backwards."""
+    span, bias = distances.view(columns)
+    backwards = query[:, :, columns].flip(2)
+    return _attend(backwards, key[:, :, span], value[:, :, span], bias, scaling, drop).flip(2)
+
+
+def _with_bias(
+    scheme: Bias,
+    weights: Weights,
+    sight: Sight,
+    query: Any,
+    key: Any,
+    value: Any,
+    columns: slice,
+    *,
+    scaling: float,
+    drop: float,
+) -> torch.Tensor:
+    """One block whose bias is written out."""
+    span, mask = sight.of(columns)
+    queries = query[:, :, columns]
+    scaled = queries * scaling if scheme.reads_query else None
+    bias = scheme.bias(sight.q_positions[:, columns], sight.k_positions[:, span], weights, scaled)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return _attend(queries, key[:, :, span], value[:, :, span], add_bias(bias, mask, wide), scaling, drop)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, drop: float
+) -> torch.Tensor:
+    """SDPA; written out where a gradient of the bias is wanted on a CPU, whose kernel has none."""
+    if not (bias.requires_grad and torch.is_grad_enabled() and query.device.type == "cpu"):
+        if query.device.type != "cpu":
+            bias = bias.to(query.dtype)  # which other kernels want
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=drop, scale=scaling)
+    logits = (query * scaling).to(bias.dtype) @ key.to(bias.dtype).transpose(-1, -2)
+    weights = dropout((logits + bias).softmax(-1), p=drop)
+    return (weights @ value.to(bias.dtype)).to(query.dtype)

@@ -1,0 +1,79 @@
+"""What a mask may show when a bias is added: nothing but which keys a query sees, and no later key unless the bias has a value for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfpos.scheme import PatchError
+
+
+if TYPE_CHECKING:
+    from hfpos.scheme import Bias
+
+
+def check_mask(
+    scheme: Bias,
+    mask: torch.Tensor | None,
+    causal: bool,
+    queries: int,
+    total: int | torch.Tensor,
+    memo: dict[Any, Any],
+) -> torch.Tensor | None:
+    """The mask as a boolean one, (B or 1, 1 or H, Q or 1, K).
+
+    Args:
+        mask: boolean or additive; None for what `causal` says.
+        queries: Q.
+        total: how many keys have been seen, those of these queries included; a static cache has room for more.
+        memo: lives as long as the forward, so that each mask is looked at once and not in every layer.
+
+    Raises:
+        PatchError: the mask adds numbers of its own, or shows keys behind the query to a scheme that has no meaning for them.
+    """
+    if mask is None:
+        if not causal and not scheme.two_sided and queries > 1:
+            _refuse_future(scheme)
+        return None
+    known = ("mask", id(mask))
+    if known not in memo:
+        memo[known] = (
+            mask,
+            _checked(scheme, mask, queries, total),
+        )  # with the mask itself: while it is kept, its id is its own
+    return memo[known][1]
+
+
+def _checked(scheme: Bias, mask: torch.Tensor, queries: int, total: int | torch.Tensor) -> torch.Tensor:
+    compiling = torch.compiler.is_compiling()  # which cannot look at the numbers
+    if mask.ndim != 4:
+        raise PatchError(
+            f"{scheme.name}: the attention mask has shape {tuple(mask.shape)}; expected (batch, 1 or heads, queries, keys), or a 2-D one "
+            "given to the model"
+        )
+    visible = mask
+    if mask.dtype != torch.bool:
+        visible = mask == 0
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if not compiling and not bool((visible | hidden).all()):
+            raise PatchError(
+                f"{scheme.name}: the attention mask adds numbers of its own to the logits, a second bias; expected 0 where a query sees a "
+                "key and the dtype's minimum or -inf where it does not. Give a boolean mask, or take the scheme out with hfpos.unpatch"
+            )
+    if not scheme.two_sided and not compiling and queries > 1:
+        keys = mask.shape[-1]
+        first = min(int(total), keys) - queries
+        rows = torch.arange(first, first + queries, device=mask.device)[:, None]
+        later = torch.arange(keys, device=mask.device) > rows
+        if bool((visible & later).any()):
+            _refuse_future(scheme)
+    return visible
+
+
+def _refuse_future(scheme: Bias) -> None:
+    two_sided = "; pass bidirectional=True" if hasattr(scheme, "bidirectional") else ""
+    raise PatchError(
+        f"{scheme.name}: attention here is not causal, a query sees keys behind it, and this bias says nothing of those{two_sided}, or "
+        "use a scheme that does, such as kerple"
+    )
