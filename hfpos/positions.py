@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from hfpos.attention.sequence_parallel import Part, require_positions, sharing, take_part
 from hfpos.scheme import PatchError
 
 
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 
 # The attribute of a cache under which the positions (and the pinned prompt lengths) of its keys are kept.
 CACHE_RECORD = "hfpos_record"
+
+
+class Memo:
+    """What one layer has worked out for the others of the same forward. Not a dict itself: accelerate and torch copy those on their way."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
 
 
 class Call(NamedTuple):
@@ -46,6 +54,7 @@ class Call(NamedTuple):
         lengths: (B, 1) int64, the prompt lengths that a pinned scheme goes by; None elsewhere.
         rotation: cos and sin, each (B, 1, Q, R/2) float32, where attention rotates before it caches; None elsewhere.
         weights: the seam's learned weights, of all layers; None where nothing is learned.
+        part: this process's part of a sequence that several share; None where it has all of it.
         memo: what one layer has worked out for the others.
     """
 
@@ -56,7 +65,8 @@ class Call(NamedTuple):
     lengths: torch.Tensor | None = None
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     weights: dict[str, torch.Tensor] | None = None
-    memo: dict[Any, Any] | None = None
+    part: Part | None = None
+    memo: Memo | None = None
 
     def keys_of_layer(self, length: int) -> torch.Tensor:
         """Positions (B, length) of the keys one layer sees: a sliding layer sees the last ones, a static one has room left over."""
@@ -188,6 +198,8 @@ class PositionHook:
         given = kwargs.get("position_ids")
         if given is None:
             given, self.outer_ids = self.outer_ids, None
+        shared = sharing(module)
+        require_positions(shared, given, past)
         if given is not None:
             positions = given.to(device)
             if positions.ndim != 2:
@@ -207,7 +219,7 @@ class PositionHook:
         if self.table is not None:
             self._add_table(self.table, module, positions, kwargs)
         if self.seam is not None or self.rotation is not None or not self.passes_call:
-            self.call = self._call(module, positions, mask, cache, past, shape[0])
+            self.call = self._call(module, positions, mask, cache, past, shape[0], shared)
             if self.passes_call:
                 kwargs["hfpos"] = self.call
         return (), kwargs
@@ -236,7 +248,9 @@ class PositionHook:
         """Keep the true ids aside and give the mask code ids that jump only where a document begins (where ids do not rise)."""
         begins = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0))
         index = torch.arange(shape[1], device=positions.device)
-        closed = index - torch.where(begins, index, 0).cummax(-1).values
+        # The first run goes on from where it begins: where processes share a sequence, a zero would tell a kernel that a document begins.
+        start = torch.where(begins.cumsum(-1) > 0, 0, positions[:, :1])
+        closed = index - torch.where(begins, index, 0).cummax(-1).values + start
         self.true_ids = positions
         if self.takes_position_ids:
             kwargs["position_ids"] = closed
@@ -258,7 +272,9 @@ class PositionHook:
         rows = table(positions.to(embeds.device), embeds.shape[-1])
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.dtype)
 
-    def _call(self, module: nn.Module, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int) -> Call:
+    def _call(
+        self, module: Any, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int, shared: Any
+    ) -> Call:
         rotation = None
         if self.rotation is not None:
             cos, sin = self.rotation(positions)
@@ -266,10 +282,14 @@ class PositionHook:
         if self.seam is None:  # attention needs no positions of earlier keys
             return Call(None, positions, positions, past + positions.shape[-1], rotation=rotation)
         self.seam.check_backend(module)
+        part = None
+        if shared is not None:
+            positions, part = take_part(shared, module.config, positions, mask)
         record: CacheRecord | None = getattr(cache, CACHE_RECORD, None)
         k_positions, total = self._keys(positions, mask, cache, past, record, batch)
         lengths = self._prompt_lengths(positions, past, record, batch) if self.pins_prompt else None
-        return Call(self.seam, positions, k_positions, total, lengths, rotation, self.seam.gather(module), {})
+        weights = self.seam.gather(module)
+        return Call(self.seam, positions, k_positions, total, lengths, rotation, weights, part, Memo())
 
     @staticmethod
     def _prompt_lengths(positions: torch.Tensor, past: Any, record: CacheRecord | None, batch: int) -> torch.Tensor:

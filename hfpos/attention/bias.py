@@ -28,6 +28,7 @@ from hfpos.attention.learned import LEARNED, weights_of_layer
 from hfpos.attention.masks import check_mask
 from hfpos.attention.seam import Seam
 from hfpos.attention.separable import WIDEST, fits, separable_attention
+from hfpos.attention.sequence_parallel import ShareOfHeads, heads_seen, refuse_ring
 from hfpos.constant import Constant
 from hfpos.scheme import PatchError
 from hfpos.schemes.alibi import Alibi
@@ -36,6 +37,7 @@ from hfpos.schemes.alibi import Alibi
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hfpos.attention.sequence_parallel import Part
     from hfpos.positions import Call
     from hfpos.scheme import Bias, Geometry
 
@@ -50,6 +52,7 @@ class BiasedAttention(Seam):
 
     def __init__(self, scheme: Bias, geometry: Geometry) -> None:
         self.scheme = scheme
+        self.heads = geometry.heads
         self.exact = scheme.weights(geometry)
         self.constants = {name: Constant(value) for name, value in self.exact.items()}
         place = torch.zeros(1, 1, dtype=torch.int64)
@@ -102,7 +105,7 @@ class BiasedAttention(Seam):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of query (B, H, Q, D) to key, value (B, Hkv, K, D) with the bias: output (B, Q, H, D) and the weights, if any."""
         self._refuse(module, options)
-        memo = {} if call.memo is None else call.memo
+        memo = {} if call.memo is None else call.memo.known
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         weights = self._weights(module, query, call)
         causal = options.get("is_causal")
@@ -111,28 +114,36 @@ class BiasedAttention(Seam):
             mask = check_mask(self.scheme, mask, causal, query.shape[2], call.total, memo)
         sight = Sight(mask, causal, *positions)
         tensors = module, query, key, value
+        heads = heads_seen(call.part, query.shape[1], self.heads)
+        scheme: Any = self.scheme if heads == slice(None) else ShareOfHeads(self.scheme, heads)
+        ring = call.part is not None and not call.part.by_heads
         if options.get("output_attentions"):
-            return self._written_out(*tensors, sight, weights, scaling, stock_function("eager", module), options)
+            return self._written_out(
+                scheme, call.part, *tensors, sight, weights, scaling, stock_function("eager", module), options
+            )
         # A soft cap comes before the bias, an attention sink beside all logits: both need the bias itself in the logits
         needs_logits = options.get("softcap") is not None or hasattr(module, "sinks")
         if query.shape[2] == 1 or backend == "eager" or (needs_logits and backend != "flex_attention"):
-            return self._written_out(*tensors, sight, weights, scaling, inner, options)
+            return self._written_out(scheme, call.part, *tensors, sight, weights, scaling, inner, options)
         if backend == "flash_attention_2":
-            return self._flash(*tensors, sight, weights, scaling, options)
+            return self._flash(scheme, call.part, *tensors, sight, weights, scaling, options)
         if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(query, options)):
-            return self._flex(query, key, value, sight, weights, scaling, memo, options), None
+            refuse_ring(call.part, f"{self.scheme.name} in flex_attention")
+            return self._flex(scheme, query, key, value, sight, weights, scaling, memo, options), None
         distances = None
-        if mask is None and query.device.type == "cpu":
-            distances = Distances.of(self.scheme, weights, sight)
-        by_features = self.narrow if query.device.type == "cpu" else self.separable
-        if distances is None and by_features and fits(self.scheme, query.shape[-1], query.dtype, weights):
+        if mask is None and query.device.type == "cpu" and not ring:
+            distances = Distances.of(scheme, weights, sight)
+        by_features = self.narrow if query.device.type == "cpu" and not ring else self.separable
+        if distances is None and by_features and fits(scheme, query.shape[-1], query.dtype, weights):
+            centre = None if call.part is None else call.part.centre.to(query.device)
             return separable_attention(
-                self.scheme, weights, positions, inner, *tensors, mask, scaling=scaling, **options
+                scheme, weights, positions, inner, *tensors, mask, scaling=scaling, centre=centre, **options
             )
+        refuse_ring(call.part, self.scheme.name)
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
         drop = options.get("dropout", 0.0)
-        output = block_attention(self.scheme, weights, sight, distances, query, key, value, scaling=scaling, drop=drop)
+        output = block_attention(scheme, weights, sight, distances, query, key, value, scaling=scaling, drop=drop)
         return output, None
 
     def _weights(self, module: Any, query: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
@@ -156,6 +167,8 @@ class BiasedAttention(Seam):
 
     def _written_out(
         self,
+        scheme: Any,
+        part: Part | None,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -167,8 +180,9 @@ class BiasedAttention(Seam):
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The bias as the additive mask of a stock function, float32 or wider where that takes it: of one query, a row."""
-        scaled = query * scaling if self.scheme.reads_query else None
-        bias = self.scheme.bias(sight.q_positions, sight.k_positions, weights, scaled)
+        refuse_ring(part, f"{self.scheme.name} as a bias tensor")
+        scaled = query * scaling if scheme.reads_query else None
+        bias = scheme.bias(sight.q_positions, sight.k_positions, weights, scaled)
         mask = full_mask(sight.mask, query, key, module, sight.causal)
         only_narrow = is_fused(inner) and query.device.type != "cpu"
         wide = query.dtype if only_narrow else torch.promote_types(query.dtype, torch.float32)
@@ -181,6 +195,7 @@ class BiasedAttention(Seam):
 
     def _flex(
         self,
+        scheme: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -195,11 +210,13 @@ class BiasedAttention(Seam):
         refuse_flex(self.scheme, differentiable, query.device.type, options)
         softcap = options.get("softcap")
         return biased_flex_attention(
-            self.scheme, weights, sight, query, key, value, scaling=scaling, softcap=softcap, memo=memo
+            scheme, weights, sight, query, key, value, scaling=scaling, softcap=softcap, memo=memo
         )
 
     def _flash(
         self,
+        scheme: Any,
+        part: Part | None,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -217,21 +234,26 @@ class BiasedAttention(Seam):
             raise PatchError(
                 f"{type(module).__name__} packs documents, and does not tell flash_attention_2 where they begin; choose backend='sdpa'"
             )
-        if isinstance(self.scheme, Alibi):
+        if part is not None:
+            raise PatchError(
+                f"{self.scheme.name!r} on flash_attention_2 is not known to be right where several processes share a sequence; choose "
+                "backend='sdpa'"
+            )
+        if isinstance(scheme, Alibi):
             window, drop = options.get("sliding_window"), options.get("dropout", 0.0)
             output = flash_alibi(
                 weights["slopes"], sight, query, key, value, scaling=scaling, dropout=drop, window=window
             )
             if output is not None:
                 return output, None
-        if not fits(self.scheme, query.shape[-1], query.dtype, weights):
+        if not fits(scheme, query.shape[-1], query.dtype, weights):
             raise PatchError(
                 f"{self.scheme.name!r} needs more than {WIDEST} dimensions a head on flash_attention_2 (here {query.shape[-1]} and its own); "
                 "choose backend='sdpa'"
             )
         positions = sight.q_positions, sight.k_positions
         return separable_attention(
-            self.scheme,
+            scheme,
             weights,
             positions,
             flash_attention,

@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hfpos.attention.dense import eager_attention
+from hfpos.attention.sequence_parallel import require_ours
 from hfpos.scheme import PatchError, did_you_mean
 
 
@@ -69,6 +70,8 @@ def _make(backend: str) -> Callable:
         hfpos: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if hfpos is not None and hfpos.part is not None and hfpos.part.mask is not None:
+            attention_mask = hfpos.part.mask.to(query.device)
         if hfpos is None and not getattr(module, "is_cross_attention", False):
             raise PatchError(
                 f"{type(module).__name__} was called without the positions of its tokens: this family's layers do not hand keyword "
@@ -88,13 +91,18 @@ def _make(backend: str) -> Callable:
     return attention
 
 
+OURS = {name: _make(backend) for backend, name in NAMES.items()}
 for _backend, _name in NAMES.items():
-    AttentionInterface.register(_name, _make(_backend))
+    AttentionInterface.register(_name, OURS[_name])
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[MASKS.get(_backend, _backend)])
 
 
 def patched_backend(backend: str | None, offered: tuple[str, ...]) -> str:
-    """The registered name that stands on `backend`; `PatchError` unless that is among the ones `offered` by a seam."""
+    """The registered name that stands on `backend`.
+
+    Raises:
+        PatchError: that is not among the backends `offered` by a seam, or its function is no longer ours.
+    """
     backend = backend_of(str(backend)) or backend
     chosen = ALIASES.get(backend, backend)
     if chosen not in offered:
@@ -102,7 +110,9 @@ def patched_backend(backend: str | None, offered: tuple[str, ...]) -> str:
             f"attention implementation {backend!r} cannot carry this scheme: {did_you_mean(str(backend), offered)}; choose one with "
             'patch(..., backend=) or model.set_attn_implementation("sdpa")'
         )
-    return NAMES[chosen]
+    name = NAMES[chosen]
+    require_ours(name, OURS[name], None if chosen == "eager" else STOCK.get(chosen, chosen))
+    return name
 
 
 def backend_of(name: str) -> str | None:
@@ -112,5 +122,6 @@ def backend_of(name: str) -> str | None:
 
 def keep_backend(config: Any, offered: tuple[str, ...]) -> None:
     """Undo a `set_attn_implementation("eager")` made after patching, in what would lose the scheme, not in what was wanted."""
-    if config._attn_implementation not in NAMES.values():
-        config._attn_implementation = patched_backend(config._attn_implementation, offered)
+    name = patched_backend(config._attn_implementation, offered)
+    if config._attn_implementation != name:
+        config._attn_implementation = name

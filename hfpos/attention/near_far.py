@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from hfpos.attention.interface import is_fused
 from hfpos.attention.merged import can_merge, merged_attention
 from hfpos.attention.seam import Seam
+from hfpos.attention.sequence_parallel import refuse_ring
 from hfpos.attention.tiles import Tiles
 from hfpos.constant import Constant
 from hfpos.rotation import cos_sin, rotate
@@ -80,6 +81,7 @@ class NearFarRotation(Seam):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of unrotated query (B, H, Q, D) to unrotated key, value (B, Hkv, K, D): output (B, Q, H, D) and the weights, if any."""
+        refuse_ring(call.part, self.scheme.name)
         q_positions, k_positions = positions
         if query.shape[2] == 1:
             k_positions = self._seen_by_one(q_positions, k_positions)

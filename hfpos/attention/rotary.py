@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hfpos.attention.dense import full_mask
 from hfpos.attention.seam import Seam
+from hfpos.attention.sequence_parallel import refuse_ring
 from hfpos.rotation import cos_sin, rotate
 
 
@@ -62,6 +63,7 @@ class LengthAwareRotation(Seam):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of unrotated query (B, H, Q, D) to unrotated key, value (B, Hkv, K, D): output (B, Q, H, D) and the weights, if any."""
+        refuse_ring(call.part, self.scheme.name)
         q_positions, k_positions = positions
         one_set = self._one_set(module, query, key, value, q_positions, k_positions, inner, kwargs)
         if call.lengths is not None:

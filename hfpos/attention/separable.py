@@ -44,14 +44,20 @@ def features(
     scaling: float,
     positions: tuple[torch.Tensor, torch.Tensor],
     dtype: torch.dtype,
+    centre: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Features (B, H, Q or 1, F) of queries and (B, 1, K, F) of keys, whose product times `scaling` is the bias.
 
     In bfloat16 and float16 both are split into parts, so that only the rounding of the kernel's own sums is left. None where the
     bias does not separate.
+
+    Args:
+        centre: (B or 1, 1), from which positions are counted, the same in all processes that share a sequence; the middle of the queries
+            unless given.
     """
     q_positions, k_positions = positions
-    centre = (q_positions.amin(-1, keepdim=True) + q_positions.amax(-1, keepdim=True)) // 2
+    if centre is None:
+        centre = (q_positions.amin(-1, keepdim=True) + q_positions.amax(-1, keepdim=True)) // 2
     pair = scheme.factors(q_positions - centre, k_positions - centre, weights)
     if pair is None:
         return None
@@ -82,10 +88,11 @@ def separable_attention(
     mask: Any,
     *,
     scaling: float,
+    centre: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the stock function `inner` with the features in place: output (B, Q, H, D) and the weights, if any."""
-    added = features(scheme, weights, scaling, positions, query.dtype)
+    added = features(scheme, weights, scaling, positions, query.dtype, centre)
     if added is None:
         raise TypeError(f"{scheme.name} does not separate")
     width = value.shape[-1]

@@ -58,12 +58,14 @@ def attend(
     prefix = PREFIX if backend.startswith(PREFIX) else ""
     if prefix:
         kwargs["hfpos"] = call
+        if call.part is not None:  # DeepSpeed asks for them
+            kwargs["position_ids"] = call.q_positions
     # the weights, which these models always gave, and which there is no way to ask another implementation for
     if output_attentions:
         backend = f"{prefix}eager"
     implementation = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention)
     output, weights = implementation(module, query, key, value, mask, **kwargs)
-    return output.flatten(-2), weights
+    return output.flatten(2), weights
 
 
 def no_bias(*args: Any, **kwargs: Any) -> None:

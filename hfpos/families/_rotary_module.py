@@ -126,6 +126,8 @@ def find_convention(decoder: nn.Module, rotary: Any, layer_type: str | None) -> 
         layer_type: the type of layer to ask it for; None where it knows only one.
     """
     apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    if getattr(apply, "__module__", "").startswith("liger_kernel"):  # which runs on no CPU and knows one way
+        return "half"
     buffer = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
     inv_freq, scale = getattr(rotary, buffer).float(), getattr(rotary, scaling_name(buffer))
     x = torch.randn(1, 1, 3, 2 * inv_freq.numel(), generator=torch.Generator().manual_seed(0))
@@ -133,7 +135,8 @@ def find_convention(decoder: nn.Module, rotary: Any, layer_type: str | None) -> 
     try:
         table = rotary(x[0], positions, *([layer_type] if layer_type else []))
         one_by_one = list(inspect.signature(apply).parameters)[1] == "cos"  # type: ignore[arg-type]
-        turned = apply(x, *table) if one_by_one else apply(x, x, *table)[0]  # type: ignore[misc]
+        # copies: some kernels turn what they are given
+        turned = apply(x.clone(), *table) if one_by_one else apply(x.clone(), x.clone(), *table)[0]  # type: ignore[misc]
     except Exception as error:
         raise PatchError(
             f"the rotation of {type(decoder).__name__} cannot be taken over by the score seam ({error}); use a scheme of the freq seam, "
