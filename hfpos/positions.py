@@ -209,6 +209,8 @@ class PositionHook:
         elif mask is not None:
             positions = masked_positions(mask.to(device), past, shape[1])
         else:
+            if self.table is not None or (self.seam is not None and self.seam.absolute):
+                _refuse_hidden(kwargs.get("attention_mask"), past)
             positions = (torch.arange(shape[1], device=device) + past)[None]
 
         self.true_ids = None
@@ -325,6 +327,23 @@ class PositionHook:
         if mask is not None and mask.shape[-1] >= length:
             return (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)
         return torch.arange(length, device=device)[None]
+
+
+def _refuse_hidden(mask: Any, past: int | torch.Tensor) -> None:
+    """Raise `PatchError` where a 4-D mask hides earlier tokens, so that counting would not tell where the others stand."""
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.ndim != 4
+        or torch.compiler.is_compiling()
+        or not isinstance(past, int)
+    ):
+        return
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    if not bool(visible.tril(past).eq(torch.ones_like(visible).tril(past)).all()):
+        raise PatchError(
+            "the 4-D attention_mask hides earlier tokens (padding, or documents packed into a row) and no position_ids came with it, so "
+            "where the others stand cannot be told; pass position_ids, or a 2-D attention_mask"
+        )
 
 
 def _rows(recorded: torch.Tensor, batch: int) -> torch.Tensor:

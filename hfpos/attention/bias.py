@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfpos.attention.blocks import Sight, block_attention
-from hfpos.attention.dense import add_bias, full_mask
+from hfpos.attention.dense import add_bias, bias_of, full_mask
 from hfpos.attention.distances import Distances
 from hfpos.attention.flash import flash_alibi, flash_attention
 from hfpos.attention.flex import biased_flex_attention, refuse_flex
@@ -60,6 +60,7 @@ class BiasedAttention(Seam):
         self.separable = factors is not None
         # so few dimensions more that they cost less than a bias written out, on any kernel
         self.narrow = factors is not None and factors[0].shape[-1] == 1
+        self.absolute = not (scheme.relative or scheme.reads_query)
         self.backends = ("auto", "sdpa", "eager")
         if scheme.relative:
             self.backends += ("flex_attention",)
@@ -182,7 +183,7 @@ class BiasedAttention(Seam):
         """The bias as the additive mask of a stock function, float32 or wider where that takes it: of one query, a row."""
         refuse_ring(part, f"{self.scheme.name} as a bias tensor")
         scaled = query * scaling if scheme.reads_query else None
-        bias = scheme.bias(sight.q_positions, sight.k_positions, weights, scaled)
+        bias = bias_of(scheme, sight.q_positions, sight.k_positions, weights, scaled)
         mask = full_mask(sight.mask, query, key, module, sight.causal)
         only_narrow = is_fused(inner) and query.device.type != "cpu"
         wide = query.dtype if only_narrow else torch.promote_types(query.dtype, torch.float32)

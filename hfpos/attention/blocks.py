@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from hfpos.attention.dense import add_bias
+from hfpos.attention.dense import add_bias, bias_of
 
 
 if TYPE_CHECKING:
@@ -93,19 +93,26 @@ def block_attention(
         again = learning
     else:
         of_block = partial(_with_bias, scheme, weights, sight, scaling=scaling, drop=drop)
-        again = differentiable
+        again = differentiable and not torch.compiler.is_compiling()
+    backwards = distances is not None  # then the queries of a block come in reverse order
+    blocks = list(_blocks(query.shape[2], rows))
     if not differentiable:
-        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        for columns in _blocks(query.shape[2], rows):
-            output[:, columns] = of_block(query, key, value, columns).transpose(1, 2)
+        output = None
+        for columns in blocks:
+            index = torch.arange(columns.start, columns.stop, device=query.device)
+            part = of_block(query, key, value, columns).transpose(1, 2)
+            if output is None:  # now that its dtype is known, which autocast may have changed
+                output = part.new_empty(part.shape[0], query.shape[2], *part.shape[2:])
+            output.index_copy_(1, index.flip(0) if backwards else index, part)
         return output
     parts = []
-    for columns in _blocks(query.shape[2], rows):
-        if again and not torch.compiler.is_compiling():
-            parts.append(checkpoint(of_block, query, key, value, columns, use_reentrant=False))
+    for columns in blocks:
+        if again:
+            part = checkpoint(of_block, query, key, value, columns, use_reentrant=False)
         else:
-            parts.append(of_block(query, key, value, columns))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+            part = of_block(query, key, value, columns)
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts[::-1], dim=1).flip(1) if backwards else torch.cat(parts, dim=1)
 
 
 def _blocks(queries: int, rows: int) -> Iterator[slice]:
@@ -124,10 +131,9 @@ def _rows(query: torch.Tensor, key: torch.Tensor, free: bool) -> int:
 def _with_view(
     distances: Distances, query: Any, key: Any, value: Any, columns: slice, *, scaling: float, drop: float
 ) -> torch.Tensor:
-    """One block whose bias is a view of a row of numbers, which it is when its queries go backwards."""
+    """One block, in reverse order, whose bias is a view of a row of numbers."""
     span, bias = distances.view(columns)
-    backwards = query[:, :, columns].flip(2)
-    return _attend(backwards, key[:, :, span], value[:, :, span], bias, scaling, drop).flip(2)
+    return _attend(query[:, :, columns].flip(2), key[:, :, span], value[:, :, span], bias, scaling, drop)
 
 
 def _with_bias(
@@ -146,7 +152,7 @@ def _with_bias(
     span, mask = sight.of(columns)
     queries = query[:, :, columns]
     scaled = queries * scaling if scheme.reads_query else None
-    bias = scheme.bias(sight.q_positions[:, columns], sight.k_positions[:, span], weights, scaled)
+    bias = bias_of(scheme, sight.q_positions[:, columns], sight.k_positions[:, span], weights, scaled)
     wide = torch.promote_types(query.dtype, torch.float32)
     return _attend(queries, key[:, :, span], value[:, :, span], add_bias(bias, mask, wide), scaling, drop)
 
@@ -159,6 +165,7 @@ def _attend(
         if query.device.type != "cpu":
             bias = bias.to(query.dtype)  # which other kernels want
         return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=drop, scale=scaling)
-    logits = (query * scaling).to(bias.dtype) @ key.to(bias.dtype).transpose(-1, -2)
-    weights = dropout((logits + bias).softmax(-1), p=drop)
-    return (weights @ value.to(bias.dtype)).to(query.dtype)
+    with torch.autocast("cpu", enabled=False):
+        wide_query, wide_key, wide_value = (x.to(bias.dtype) for x in (query, key, value))
+        weights = dropout((wide_query * scaling @ wide_key.mT + bias).softmax(-1), p=drop)
+        return (weights @ wide_value).to(value.dtype)

@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
+    from hfpos.scheme import Bias
+
 
 def causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     """The boolean mask (1, 1, Q, K) that a call without a mask stands for: query i sees keys 0 .. i."""
@@ -28,6 +30,18 @@ def full_mask(
     if mask is None and is_causal and query.shape[2] > 1:
         return causal(query.shape[2], key.shape[2], query.device)
     return mask
+
+
+def bias_of(
+    scheme: Bias,
+    q_positions: torch.Tensor,
+    k_positions: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    query: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The bias (B, H, Q, K) of a scheme, in the dtype of its weights: autocast would round what near keys differ by."""
+    with torch.autocast(q_positions.device.type, enabled=False):
+        return scheme.bias(q_positions, k_positions, weights, query)
 
 
 def add_bias(bias: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpos.attention.dense import bias_of
+
 
 if TYPE_CHECKING:
     from hfpos.attention.blocks import Sight
@@ -45,7 +47,7 @@ class Distances:
             return None
         queries, keys = q_positions.shape[1], k_positions.shape[1]
         distances = torch.arange(queries - 1, -keys, -1, device=q_positions.device)
-        row = scheme.bias(distances[None], distances.new_zeros(1, 1), weights)[0, :, :, 0]
+        row = bias_of(scheme, distances[None], distances.new_zeros(1, 1), weights)[0, :, :, 0]
         if sight.causal:
             row = row.masked_fill(distances < 0, float("-inf"))
         return cls(row.contiguous(), queries, keys, sight.causal)

@@ -70,7 +70,7 @@ def flash_attention(
         v,
         mask,
         query_length=query.shape[2],
-        is_causal=module.is_causal if is_causal is None else is_causal,
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         dropout=dropout,
         softmax_scale=scaling,
         sliding_window=sliding_window,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from hfpos.attention.dense import bias_of
 from hfpos.scheme import PatchError
 
 
@@ -58,7 +59,7 @@ def biased_flex_attention(
     batch, heads, queries, _ = query.shape
     q_positions, k_positions = (x.expand(batch, -1) for x in (sight.q_positions, sight.k_positions))
     zero, distances = _distances(sight, memo)
-    row = scheme.bias(distances[None], distances.new_zeros(1, 1), weights)[0, :, :, 0].contiguous()
+    row = bias_of(scheme, distances[None], distances.new_zeros(1, 1), weights)[0, :, :, 0].contiguous()
 
     def add_bias(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
         if softcap is not None:

@@ -16,6 +16,7 @@ names may contain neither `flash` nor `/`: Transformers reads those.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -109,6 +110,10 @@ def patched_backend(backend: str | None, offered: tuple[str, ...]) -> str:
         raise PatchError(
             f"attention implementation {backend!r} cannot carry this scheme: {did_you_mean(str(backend), offered)}; choose one with "
             'patch(..., backend=) or model.set_attn_implementation("sdpa")'
+        )
+    if chosen == "flash_attention_2" and "flash_attn" not in sys.modules and find_spec("flash_attn") is None:
+        raise PatchError(
+            "flash_attention_2 needs the package flash-attn, which is not installed; choose backend='sdpa'"
         )
     name = NAMES[chosen]
     require_ours(name, OURS[name], None if chosen == "eager" else STOCK.get(chosen, chosen))

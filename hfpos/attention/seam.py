@@ -25,10 +25,12 @@ class Seam(ABC):
     Attributes:
         layer_type: act in layers of this type only, as the others keep what they have; None for all.
         backends: the attention implementations that it can stand on.
+        absolute: it goes by where tokens stand, not only by how far apart they are.
     """
 
     layer_type: str | None = None
     backends: tuple[str, ...] = ("sdpa", "eager")
+    absolute: bool = True
 
     def check_backend(self, decoder: Any) -> None:
         """Make sure that attention still goes through the registered functions."""
