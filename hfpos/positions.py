@@ -193,6 +193,8 @@ class PositionHook:
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         mask = kwargs.get("attention_mask")
+        if self.seam is not None and isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            self.seam.check_given(mask)
         mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
         given = kwargs.get("position_ids")

@@ -25,7 +25,7 @@ from hfpos.attention.flash import flash_alibi, flash_attention
 from hfpos.attention.flex import biased_flex_attention, refuse_flex
 from hfpos.attention.interface import is_fused, stock_function
 from hfpos.attention.learned import LEARNED, weights_of_layer
-from hfpos.attention.masks import check_mask
+from hfpos.attention.masks import check_mask, refuse_numbers
 from hfpos.attention.seam import Seam
 from hfpos.attention.separable import WIDEST, fits, separable_attention
 from hfpos.attention.sequence_parallel import ShareOfHeads, heads_seen, refuse_ring
@@ -66,6 +66,9 @@ class BiasedAttention(Seam):
             self.backends += ("flex_attention",)
         if self.separable:
             self.backends += ("flash_attention_2",)
+
+    def check_given(self, mask: torch.Tensor) -> None:
+        refuse_numbers(self.scheme, mask)
 
     def best(self, own: str) -> str:
         return "auto" if own == "sdpa" and self.scheme.relative and not self.narrow else own
@@ -130,6 +133,10 @@ class BiasedAttention(Seam):
             return self._flash(scheme, call.part, *tensors, sight, weights, scaling, options)
         if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(query, options)):
             refuse_ring(call.part, f"{self.scheme.name} in flex_attention")
+            if mask is not None and mask.dtype != torch.bool:
+                raise PatchError(
+                    f"{type(module).__name__} adds numbers in its mask, which flex_attention is not given; choose backend='sdpa'"
+                )
             return self._flex(scheme, query, key, value, sight, weights, scaling, memo, options), None
         distances = None
         if mask is None and query.device.type == "cpu" and not ring:

@@ -18,6 +18,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hfpos.attention.dense import add_bias, bias_of
+from hfpos.attention.masks import visible
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Sight:
     """Which keys a query sees, and where the two stand.
 
     Attributes:
-        mask: (B or 1, 1 or H, Q, K) boolean; None for what `causal` says.
+        mask: (B or 1, 1 or H, Q, K) boolean or additive; None for what `causal` says.
         causal: without a mask query i sees keys 0 .. i, else all.
         q_positions, k_positions: (B or 1, Q) and (B or 1, K).
     """
@@ -59,7 +60,7 @@ class Sight:
         mask = self.mask[:, :, columns] if self.mask.shape[2] > 1 else self.mask
         span = slice(0, keys)
         if not torch.compiler.is_compiling():  # which cannot look at the numbers
-            index = mask.flatten(0, -2).any(0).nonzero()
+            index = visible(mask).flatten(0, -2).any(0).nonzero()
             span = slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 1)
         return span, mask[..., span]
 
@@ -97,7 +98,7 @@ def block_attention(
     backwards = distances is not None  # then the queries of a block come in reverse order
     blocks = list(_blocks(query.shape[2], rows))
     if not differentiable:
-        output = None
+        output: Any = None
         for columns in blocks:
             index = torch.arange(columns.start, columns.stop, device=query.device)
             part = of_block(query, key, value, columns).transpose(1, 2)

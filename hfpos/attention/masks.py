@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from hfpos.scheme import Bias
 
 
+def refuse_numbers(scheme: Bias, mask: torch.Tensor) -> None:
+    """Raise `PatchError` where a 4-D `mask` that the user gave the model adds numbers of its own, a second bias."""
+    if mask.dtype == torch.bool or torch.compiler.is_compiling() or _only_hides(mask):
+        return
+    raise PatchError(
+        f"{scheme.name}: the attention mask adds numbers of its own to the logits, a second bias; expected 0 where a query sees a key and "
+        "the dtype's minimum or -inf where it does not. Give a boolean mask, or take the scheme out with hfpos.unpatch"
+    )
+
+
 def check_mask(
     scheme: Bias,
     mask: torch.Tensor | None,
@@ -21,7 +31,7 @@ def check_mask(
     total: int | torch.Tensor,
     memo: dict[Any, Any],
 ) -> torch.Tensor | None:
-    """The mask as a boolean one, (B or 1, 1 or H, Q or 1, K).
+    """The mask (B or 1, 1 or H, Q or 1, K): a boolean one, or additive where the model itself adds numbers in it.
 
     Args:
         mask: boolean or additive; None for what `causal` says.
@@ -30,7 +40,7 @@ def check_mask(
         memo: lives as long as the forward, so that each mask is looked at once and not in every layer.
 
     Raises:
-        PatchError: the mask adds numbers of its own, or shows keys behind the query to a scheme that has no meaning for them.
+        PatchError: the mask shows keys behind the query to a scheme that has no meaning for them.
     """
     if mask is None:
         if not causal and not scheme.two_sided and queries > 1:
@@ -38,37 +48,36 @@ def check_mask(
         return None
     known = ("mask", id(mask))
     if known not in memo:
-        memo[known] = (
-            mask,
-            _checked(scheme, mask, queries, total),
-        )  # with the mask itself: while it is kept, its id is its own
+        # with the mask itself: while it is kept, its id is its own
+        memo[known] = mask, _checked(scheme, mask, queries, total)
     return memo[known][1]
 
 
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys a boolean or additive mask shows."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _only_hides(mask: torch.Tensor) -> bool:
+    return bool(((mask == 0) | ~visible(mask)).all())
+
+
 def _checked(scheme: Bias, mask: torch.Tensor, queries: int, total: int | torch.Tensor) -> torch.Tensor:
-    compiling = torch.compiler.is_compiling()  # which cannot look at the numbers
     if mask.ndim != 4:
         raise PatchError(
             f"{scheme.name}: the attention mask has shape {tuple(mask.shape)}; expected (batch, 1 or heads, queries, keys), or a 2-D one "
             "given to the model"
         )
-    visible = mask
-    if mask.dtype != torch.bool:
-        visible = mask == 0
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        if not compiling and not bool((visible | hidden).all()):
-            raise PatchError(
-                f"{scheme.name}: the attention mask adds numbers of its own to the logits, a second bias; expected 0 where a query sees a "
-                "key and the dtype's minimum or -inf where it does not. Give a boolean mask, or take the scheme out with hfpos.unpatch"
-            )
-    if not scheme.two_sided and not compiling and queries > 1:
+    if torch.compiler.is_compiling():  # which cannot look at the numbers
+        return mask
+    if not scheme.two_sided and queries > 1:
         keys = mask.shape[-1]
         first = min(int(total), keys) - queries
         rows = torch.arange(first, first + queries, device=mask.device)[:, None]
         later = torch.arange(keys, device=mask.device) > rows
-        if bool((visible & later).any()):
+        if bool((visible(mask) & later).any()):
             _refuse_future(scheme)
-    return visible
+    return visible(mask) if mask.dtype == torch.bool or _only_hides(mask) else mask
 
 
 def _refuse_future(scheme: Bias) -> None:

@@ -36,6 +36,9 @@ class Seam(ABC):
         """Make sure that attention still goes through the registered functions."""
         keep_backend(decoder.config, self.backends)
 
+    def check_given(self, mask: torch.Tensor) -> None:  # noqa: B027
+        """Raise `PatchError` for a 4-D mask given to the model that the scheme cannot honour."""
+
     def best(self, own: str) -> str:
         """The backend for a model whose own attention implementation is `own`, where the user leaves the choice open."""
         return own
