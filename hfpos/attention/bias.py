@@ -14,6 +14,7 @@ Shapes: B batch, H heads, Hkv key heads, Q queries, K keys, D head_dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,52 @@ if TYPE_CHECKING:
     from hfpos.attention.sequence_parallel import Part
     from hfpos.positions import Call
     from hfpos.scheme import Bias, Geometry
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer brings to attention.
+
+    Attributes:
+        query, key, value: (B, H, Q, D), and twice (B, Hkv, K, D).
+        scheme: the bias of the heads that are here; of all, unless processes share them.
+        weights: of the scheme in this layer.
+        sight: who sees what, and from where.
+        part: this process's part of a sequence that several share.
+        scaling: the factor on the logits before the bias.
+        options: whatever else the model hands to attention.
+    """
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scheme: Any
+    weights: dict[str, torch.Tensor]
+    sight: Sight
+    part: Part | None
+    scaling: float
+    options: dict[str, Any]
+
+    def by(self, inner: Callable, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention by a stock function."""
+        return inner(self.module, self.query, self.key, self.value, mask, scaling=self.scaling, **self.options)
+
+    def separated(self, inner: Callable) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention by a stock function with the bias as extra dimensions."""
+        positions = self.sight.q_positions, self.sight.k_positions
+        centre = None if self.part is None else self.part.centre.to(self.query.device)
+        tensors = self.module, self.query, self.key, self.value, self.sight.mask
+        return separable_attention(
+            self.scheme,
+            self.weights,
+            positions,
+            inner,
+            *tensors,
+            scaling=self.scaling,
+            centre=centre,
+            **self.options,
+        )
 
 
 class BiasedAttention(Seam):
@@ -110,49 +157,40 @@ class BiasedAttention(Seam):
         """Attention of query (B, H, Q, D) to key, value (B, Hkv, K, D) with the bias: output (B, Q, H, D) and the weights, if any."""
         self._refuse(module, options)
         memo = {} if call.memo is None else call.memo.known
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        weights = self._weights(module, query, call)
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if backend != "flash_attention_2":  # whose mask is 2-D and hides padding only
-            mask = check_mask(self.scheme, mask, causal, query.shape[2], call.total, memo)
-        sight = Sight(mask, causal, *positions)
-        tensors = module, query, key, value
+        flash = backend == "flash_attention_2"  # whose mask is 2-D and hides padding only
+        checked = check_mask(self.scheme, None if flash else mask, causal, query.shape[2], call.total, memo)
+        mask = mask if flash else checked
+        if flash and torch.is_autocast_enabled(query.device.type):  # which its kernel does not see
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (x.to(dtype) for x in (query, key, value))
         heads = heads_seen(call.part, query.shape[1], self.heads)
-        scheme: Any = self.scheme if heads == slice(None) else ShareOfHeads(self.scheme, heads)
-        ring = call.part is not None and not call.part.by_heads
-        if options.get("output_attentions"):
-            return self._written_out(
-                scheme, call.part, *tensors, sight, weights, scaling, stock_function("eager", module), options
-            )
+        layer = Layer(
+            module=module,
+            query=query,
+            key=key,
+            value=value,
+            scheme=self.scheme if heads == slice(None) else ShareOfHeads(self.scheme, heads),
+            weights=self._weights(module, query, call),
+            sight=Sight(mask, causal, *positions),
+            part=call.part,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            options=options,
+        )
+        if (options.get("output_attentions") and not flash) or backend == "eager":
+            return self._written_out(layer, stock_function("eager", module))
+        if query.shape[2] == 1:
+            return self._written_out(layer, stock_function("sdpa", module))
         # A soft cap comes before the bias, an attention sink beside all logits: both need the bias itself in the logits
         needs_logits = options.get("softcap") is not None or hasattr(module, "sinks")
-        if query.shape[2] == 1 or backend == "eager" or (needs_logits and backend != "flex_attention"):
-            return self._written_out(scheme, call.part, *tensors, sight, weights, scaling, inner, options)
-        if backend == "flash_attention_2":
-            return self._flash(scheme, call.part, *tensors, sight, weights, scaling, options)
-        if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(query, options)):
-            refuse_ring(call.part, f"{self.scheme.name} in flex_attention")
-            if mask is not None and mask.dtype != torch.bool:
-                raise PatchError(
-                    f"{type(module).__name__} adds numbers in its mask, which flex_attention is not given; choose backend='sdpa'"
-                )
-            return self._flex(scheme, query, key, value, sight, weights, scaling, memo, options), None
-        distances = None
-        if mask is None and query.device.type == "cpu" and not ring:
-            distances = Distances.of(scheme, weights, sight)
-        by_features = self.narrow if query.device.type == "cpu" and not ring else self.separable
-        if distances is None and by_features and fits(scheme, query.shape[-1], query.dtype, weights):
-            centre = None if call.part is None else call.part.centre.to(query.device)
-            return separable_attention(
-                scheme, weights, positions, inner, *tensors, mask, scaling=scaling, centre=centre, **options
-            )
-        refuse_ring(call.part, self.scheme.name)
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-        drop = options.get("dropout", 0.0)
-        output = block_attention(scheme, weights, sight, distances, query, key, value, scaling=scaling, drop=drop)
-        return output, None
+        if flash:
+            return self._flash(layer, needs_logits)
+        if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(layer)):
+            return self._flex(layer, memo), None
+        if needs_logits:
+            return self._written_out(layer, inner)
+        return self._sdpa(layer, inner)
 
     def _weights(self, module: Any, query: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
         if call.weights is not None:
@@ -173,103 +211,86 @@ class BiasedAttention(Seam):
                 "its keys stand; generate without it"
             )
 
-    def _written_out(
-        self,
-        scheme: Any,
-        part: Part | None,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sight: Sight,
-        weights: dict[str, torch.Tensor],
-        scaling: float,
-        inner: Callable,
-        options: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _written_out(self, layer: Layer, inner: Callable) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The bias as the additive mask of a stock function, float32 or wider where that takes it: of one query, a row."""
-        refuse_ring(part, f"{self.scheme.name} as a bias tensor")
-        scaled = query * scaling if scheme.reads_query else None
-        bias = bias_of(scheme, sight.q_positions, sight.k_positions, weights, scaled)
-        mask = full_mask(sight.mask, query, key, module, sight.causal)
+        refuse_ring(layer.part, f"{self.scheme.name} as a bias tensor")
+        sight, query = layer.sight, layer.query
+        scaled = query * layer.scaling if layer.scheme.reads_query else None
+        bias = bias_of(layer.scheme, sight.q_positions, sight.k_positions, layer.weights, scaled)
+        mask = sight.mask
+        if mask is not None and mask.ndim == 2:
+            mask = mask.bool()[:, None, None]
+        mask = full_mask(mask, query, layer.key, layer.module, sight.causal)
         only_narrow = is_fused(inner) and query.device.type != "cpu"
         wide = query.dtype if only_narrow else torch.promote_types(query.dtype, torch.float32)
-        mask = add_bias(bias, mask, wide).expand(query.shape[0], -1, -1, -1)
-        return inner(module, query, key, value, mask, scaling=scaling, **options)
+        return layer.by(inner, add_bias(bias, mask, wide).expand(query.shape[0], -1, -1, -1))
 
-    def _prefers_flex(self, query: torch.Tensor, options: dict[str, Any]) -> bool:
-        possible = query.is_cuda and not options.get("dropout") and not torch.compiler.is_compiling()
+    def _sdpa(self, layer: Layer, inner: Callable) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Several queries on SDPA."""
+        query, key, value, sight = layer.query, layer.key, layer.value, layer.sight
+        ring = layer.part is not None and not layer.part.by_heads
+        on_cpu = query.device.type == "cpu" and not ring
+        distances = None
+        if on_cpu and sight.mask is None:
+            distances = Distances.of(layer.scheme, layer.weights, sight)
+        by_features = self.narrow if on_cpu else self.separable
+        if distances is None and by_features and fits(layer.scheme, query.shape[-1], query.dtype, layer.weights):
+            return layer.separated(inner)
+        refuse_ring(layer.part, self.scheme.name)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+        drop = layer.options.get("dropout", 0.0)
+        output = block_attention(
+            layer.scheme, layer.weights, sight, distances, query, key, value, scaling=layer.scaling, drop=drop
+        )
+        return output, None
+
+    def _prefers_flex(self, layer: Layer) -> bool:
+        possible = layer.query.is_cuda and not layer.options.get("dropout") and not torch.compiler.is_compiling()
         return self.scheme.relative and not self.narrow and possible
 
-    def _flex(
-        self,
-        scheme: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sight: Sight,
-        weights: dict[str, torch.Tensor],
-        scaling: float,
-        memo: dict[Any, Any],
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        tensors = (query, key, value, *weights.values())
+    def _flex(self, layer: Layer, memo: dict[Any, Any]) -> torch.Tensor:
+        refuse_ring(layer.part, f"{self.scheme.name} in flex_attention")
+        tensors = (layer.query, layer.key, layer.value, *layer.weights.values())
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        refuse_flex(self.scheme, differentiable, query.device.type, options)
-        softcap = options.get("softcap")
+        refuse_flex(self.scheme, differentiable, layer.query.device.type, layer.sight.mask, layer.options)
         return biased_flex_attention(
-            scheme, weights, sight, query, key, value, scaling=scaling, softcap=softcap, memo=memo
+            layer.scheme,
+            layer.weights,
+            layer.sight,
+            *tensors[:3],
+            scaling=layer.scaling,
+            softcap=layer.options.get("softcap"),
+            memo=memo,
         )
 
-    def _flash(
-        self,
-        scheme: Any,
-        part: Part | None,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sight: Sight,
-        weights: dict[str, torch.Tensor],
-        scaling: float,
-        options: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if (
-            sight.mask is None
-            and options.get("position_ids") is None
-            and bool((sight.q_positions.diff(dim=-1) <= 0).any())
-        ):
-            raise PatchError(
-                f"{type(module).__name__} packs documents, and does not tell flash_attention_2 where they begin; choose backend='sdpa'"
-            )
-        if part is not None:
-            raise PatchError(
-                f"{self.scheme.name!r} on flash_attention_2 is not known to be right where several processes share a sequence; choose "
-                "backend='sdpa'"
-            )
-        if isinstance(scheme, Alibi):
-            window, drop = options.get("sliding_window"), options.get("dropout", 0.0)
+    def _flash(self, layer: Layer, needs_logits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        sight, options, width = layer.sight, layer.options, layer.query.shape[-1]
+        restarts = sight.mask is None and bool((sight.q_positions.diff(dim=-1) <= 0).any())
+        problem = (
+            "is not known to be right where several processes share a sequence"
+            if layer.part is not None
+            else "cannot stand beside a soft cap or an attention sink, which this model has"
+            if needs_logits
+            else "gives no attention weights; for output_attentions call model.set_attn_implementation('eager')"
+            if options.get("output_attentions")
+            else f"packs documents without knowing where they begin, as {type(layer.module).__name__} does not tell"
+            if restarts and options.get("position_ids") is None
+            else None
+        )
+        if problem is None and isinstance(layer.scheme, Alibi):
             output = flash_alibi(
-                weights["slopes"], sight, query, key, value, scaling=scaling, dropout=drop, window=window
+                layer.weights["slopes"],
+                sight,
+                *(layer.query, layer.key, layer.value),
+                scaling=layer.scaling,
+                dropout=options.get("dropout", 0.0),
+                window=options.get("sliding_window"),
             )
             if output is not None:
                 return output, None
-        if not fits(scheme, query.shape[-1], query.dtype, weights):
-            raise PatchError(
-                f"{self.scheme.name!r} needs more than {WIDEST} dimensions a head on flash_attention_2 (here {query.shape[-1]} and its own); "
-                "choose backend='sdpa'"
-            )
-        positions = sight.q_positions, sight.k_positions
-        return separable_attention(
-            scheme,
-            weights,
-            positions,
-            flash_attention,
-            module,
-            query,
-            key,
-            value,
-            sight.mask,
-            scaling=scaling,
-            **options,
-        )
+        if problem is None and not fits(layer.scheme, width, layer.query.dtype, layer.weights):
+            problem = f"needs more than {WIDEST} dimensions a head (here {width} and its own)"
+        if problem is not None:
+            raise PatchError(f"{self.scheme.name!r} on flash_attention_2 {problem}; choose backend='sdpa'")
+        return layer.separated(flash_attention)

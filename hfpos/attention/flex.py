@@ -24,19 +24,23 @@ if TYPE_CHECKING:
     from hfpos.scheme import Bias
 
 
-def refuse_flex(scheme: Bias, differentiable: bool, device: str, options: dict[str, Any]) -> None:
+def refuse_flex(
+    scheme: Bias, differentiable: bool, device: str, mask: torch.Tensor | None, options: dict[str, Any]
+) -> None:
     """Raise `PatchError` for what flex_attention cannot do."""
     problem = (
-        "flex_attention has no backward pass on the CPU; train on a GPU or choose backend='sdpa', and run inference under torch.no_grad()"
+        "has no backward pass on the CPU; train on a GPU, or run inference under torch.no_grad()"
         if differentiable and device == "cpu"
-        else "flex_attention has no attention dropout; set it to 0 or choose backend='sdpa'"
+        else "has no attention dropout; set it to 0"
         if options.get("dropout")
-        else "flex_attention with attention sinks is not supported; choose backend='eager'"
+        else "is not given attention sinks, which this model has"
         if options.get("s_aux") is not None
+        else "is not given the numbers that this model adds in its masks"
+        if mask is not None and mask.dtype != torch.bool
         else None
     )
     if problem:
-        raise PatchError(f"{scheme.name!r}: {problem}")
+        raise PatchError(f"{scheme.name!r}: flex_attention {problem}; or choose backend='sdpa'")
 
 
 def biased_flex_attention(
