@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hfpos
+from hfpos.attention.learned import LEARNED
 from tests.tiny import tiny
 
 
@@ -21,7 +22,13 @@ ORIGINAL = 32
 VOCABULARY = 128
 # The rotary families: grouped heads; sliding windows; parameters nested by type of layer; a quarter of each head rotated.
 ROTARY = {"llama": 8, "mistral": 8, "gemma3_text": 8, "gpt_neox": 2}  # and how many frequencies each has
-_LENGTHS = {"gpt2": {"n_positions": ORIGINAL}, "bloom": {"seq_length": ORIGINAL}}
+OWN_ATTENTION = ("bloom", "falcon", "mpt")  # which do not use Transformers' attention interface until they are patched
+_LENGTHS = {
+    "gpt2": {"n_positions": ORIGINAL},
+    "bloom": {"seq_length": ORIGINAL},
+    "falcon": {"max_position_embeddings": ORIGINAL, "alibi": True},
+    "mpt": {"max_seq_len": ORIGINAL, "use_cache": True},
+}
 _NO_DROPOUT = {"gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)}
 
 
@@ -42,8 +49,8 @@ class Pair:
         return "-".join((self.model_type, self.scheme, *values))
 
     def model(self, **overrides: Any) -> PreTrainedModel:
-        """A patched model, built anew."""
-        return hfpos.patch(self.unpatched(**overrides), self.scheme, **self.parameters)
+        """A patched model, built anew; the weights that its scheme learns are random."""
+        return trained(hfpos.patch(self.unpatched(**overrides), self.scheme, **self.parameters))
 
     def unpatched(self, **overrides: Any) -> PreTrainedModel:
         """The model that `model` patches."""
@@ -62,13 +69,23 @@ class Pair:
     @property
     def relative(self) -> bool:
         """Whether only the distances between tokens matter, up to the original length at least. Groups are counted from position 0."""
-        return self.scheme not in ("sinusoidal", "learned", "self_extend")
+        return self.scheme not in ("sinusoidal", "learned", "self_extend", "fire")
 
 
 def unpatched(model_type: str, **overrides: Any) -> PreTrainedModel:
     """A tiny model of `ORIGINAL` positions, without dropout."""
     lengths = _LENGTHS.get(model_type, {"max_position_embeddings": ORIGINAL})
     return tiny(model_type, **(lengths | _NO_DROPOUT.get(model_type, {}) | overrides))
+
+
+def trained(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The model with other learned weights of its scheme, if it has any: what they start from is zero, or the same for all heads."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if f"{LEARNED}." in name and not weight.is_meta:
+                weight += 0.5 * torch.randn(weight.shape, generator=generator).to(weight)
+    return model
 
 
 def _scalings(pairs: int, **common: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -88,6 +105,16 @@ def _scalings(pairs: int, **common: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 _OTHERS: list[tuple[str, dict[str, Any]]] = [("alibi", {}), ("nope", {}), ("sinusoidal", {})]
+_BIASES: list[tuple[str, dict[str, Any]]] = [  # fire's threshold is within reach; t5 knows keys behind a query
+    ("kerple", {}),
+    ("kerple", {"kind": "power"}),
+    ("sandwich", {}),
+    ("fire", {"threshold": 6.0}),
+    ("t5", {"num_buckets": 16, "max_distance": 40, "bidirectional": True}),
+    ("shaw", {}),
+]
+# What each has that the others have not: windows, layers of two types, heads that are rotated in part. The bias is the same there.
+_ONE_BIAS_EACH = {"mistral": [_BIASES[0]], "gemma3_text": [_BIASES[5]], "gpt_neox": [_BIASES[3]]}
 PAIRS = [
     *(
         Pair(model_type, scheme, parameters)
@@ -99,6 +126,7 @@ PAIRS = [
             *_scalings(pairs),
             ("self_extend", {"factor": 4.0}),
             *_OTHERS,
+            *_ONE_BIAS_EACH.get(model_type, _BIASES),
         ]
     ),
     *(
@@ -108,6 +136,7 @@ PAIRS = [
             ("abf", {}),
             *_scalings(8)[:-3],
             *_OTHERS,
+            *_BIASES,
             *(("learned", {"target_length": 128, "init": init}) for init in ("copy", "interpolate", "tile")),
         ]
     ),
@@ -120,12 +149,30 @@ PAIRS = [
             ("alibi", {"factor": 4.0}),
             ("nope", {}),
             ("sinusoidal", {}),
+            *_BIASES,
+        ]
+    ),
+    *(
+        Pair(model_type, scheme, parameters)
+        for model_type in ("falcon", "mpt")
+        for scheme, parameters in [
+            ("rope", {"theta": 300.0}),
+            ("yarn", {"factor": 4.0}),
+            ("alibi", {}),
+            ("alibi", {"factor": 4.0}),
+            ("sinusoidal", {}),
         ]
     ),
 ]
 # One scheme for every way in which a scheme reaches a model.
-_WAYS = {"rope", "yarn", "dynamic", "longrope", "self_extend", "alibi", "nope", "sinusoidal", "learned"}
-WAYS = [pair for pair in PAIRS if pair.scheme in _WAYS and pair.parameters.get("init") in (None, "copy")]
+_WAYS = {"rope", "yarn", "dynamic", "longrope", "self_extend", "alibi", "kerple", "nope", "sinusoidal", "learned"}
+WAYS = [
+    pair
+    for pair in PAIRS
+    if (pair.scheme in _WAYS or str(pair).startswith(("llama-fire", "llama-shaw")))
+    and pair.parameters.get("init") in (None, "copy")
+    and pair.parameters.get("kind") is None
+]
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -149,7 +196,7 @@ def checkpointing(model: PreTrainedModel) -> PreTrainedModel:
 
 def use_backend(model: PreTrainedModel, backend: str) -> PreTrainedModel:
     """What a user does who wants another attention implementation after patching."""
-    if model.config.model_type == "bloom":  # whose class Transformers takes to know no other
+    if model.config.model_type in OWN_ATTENTION:  # whose class Transformers takes to know no other
         model.config._attn_implementation = backend
     else:
         model.set_attn_implementation(backend)

@@ -17,6 +17,7 @@ PAIRS = {
     "pinned": Pair("llama", "dynamic", {"cache": "pinned"}),
     "alibi": Pair("bloom", "alibi", {"factor": 4}),
     "rope": Pair("gpt2", "yarn", {"factor": 4}),
+    "kerple": Pair("llama", "kerple"),
 }
 LENGTHS = (60, 20)  # tokens of each rank's batch: beyond the trained length, and within it
 

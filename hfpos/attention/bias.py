@@ -162,7 +162,7 @@ class BiasedAttention(Seam):
         flash = backend == "flash_attention_2"  # whose mask is 2-D and hides padding only
         checked = check_mask(self.scheme, None if flash else mask, causal, query.shape[2], call.total, memo)
         mask = mask if flash else checked
-        if flash and torch.is_autocast_enabled(query.device.type):  # which its kernel does not see
+        if torch.is_autocast_enabled(query.device.type):  # kernels would round positions in wider queries
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (x.to(dtype) for x in (query, key, value))
         heads = heads_seen(call.part, query.shape[1], self.heads)
@@ -180,12 +180,12 @@ class BiasedAttention(Seam):
         )
         if (options.get("output_attentions") and not flash) or backend == "eager":
             return self._written_out(layer, stock_function("eager", module))
-        if query.shape[2] == 1:
-            return self._written_out(layer, stock_function("sdpa", module))
         # A soft cap comes before the bias, an attention sink beside all logits: both need the bias itself in the logits
         needs_logits = options.get("softcap") is not None or hasattr(module, "sinks")
         if flash:
             return self._flash(layer, needs_logits)
+        if query.shape[2] == 1:
+            return self._written_out(layer, stock_function("eager" if options.get("softcap") else "sdpa", module))
         if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(layer)):
             return self._flex(layer, memo), None
         if needs_logits:

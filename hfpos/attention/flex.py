@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import pad
 
 from hfpos.attention.dense import bias_of
 from hfpos.scheme import PatchError
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
     from hfpos.attention.blocks import Sight
     from hfpos.scheme import Bias
+
+
+LEAST = 2**14  # elements of what is looked up
+KINDS = 64  # of calls that differ in more than lengths; torch's own limit is 8, from where on it holds all logits
 
 
 def refuse_flex(
@@ -61,27 +66,24 @@ def biased_flex_attention(
         memo: lives as long as the forward; the block mask is kept in it for the other layers.
     """
     batch, heads, queries, _ = query.shape
-    q_positions, k_positions = (x.expand(batch, -1) for x in (sight.q_positions, sight.k_positions))
     zero, distances = _distances(sight, memo)
-    row = bias_of(scheme, distances[None], distances.new_zeros(1, 1), weights)[0, :, :, 0].contiguous()
+    row = _steady(bias_of(scheme, distances[None], distances.new_zeros(1, 1), weights)[0, :, :, 0].contiguous())
+    q_width, q_positions = _rows("queries", sight.q_positions, batch, memo)
+    k_width, k_positions = _rows("keys", sight.k_positions, batch, memo)
 
     def add_bias(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        return score + row[h, zero + q_positions[b, i] - k_positions[b, j]]
+        return score + row[h, zero + q_positions[b * q_width + i] - k_positions[b * k_width + j]]
 
     if heads & (heads - 1):  # flex_attention groups query heads where they are a power of two
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
-    output = attend(
-        query,
-        key,
-        value,
-        score_mod=add_bias,
-        block_mask=_block_mask(sight, batch, queries, key.shape[2], memo),
-        scale=scaling,
-        enable_gqa=key.shape[1] != heads,
-    )
+    mask = _block_mask(sight, batch, queries, key.shape[2], memo)
+    with torch._dynamo.config.patch(recompile_limit=KINDS):
+        output = attend(
+            query, key, value, score_mod=add_bias, block_mask=mask, scale=scaling, enable_gqa=key.shape[1] != heads
+        )
     return output.transpose(1, 2).contiguous()
 
 
@@ -90,14 +92,35 @@ def _compiled(function: Callable = flex_attention) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
+def _steady(x: torch.Tensor) -> torch.Tensor:
+    """`x` (..., N); on a CPU with N filled up to a power of two, a constant of the compiled code.
+
+    Where it is a symbol, torch 2.13 writes C++ that does not compile: it replaces one name within another.
+    """
+    if x.device.type == "cpu":
+        x = pad(x, (0, max(1 << (x.shape[-1] - 1).bit_length(), LEAST) - x.shape[-1]))
+        torch._dynamo.mark_static(x)
+    return x
+
+
+def _rows(role: str, x: torch.Tensor, batch: int, memo: dict[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many elements belong to a row of the batch in `x` (B or 1, ...), and all of them one behind the other."""
+    known = (role, id(x))
+    if known not in memo:
+        rows = x.expand(batch, *x.shape[1:]).reshape(batch, -1)
+        memo[known] = torch.tensor(rows.shape[1], device=x.device), _steady(rows.flatten().clone()), x
+    return memo[known][:2]
+
+
 def _distances(sight: Sight, memo: dict[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The index of distance 0 in, and all of, the distances (N,) from the least to the largest that occur."""
-    if "distances" not in memo:
+    known = ("distances", sight.q_positions.shape, sight.k_positions.shape)  # a layer with a window caches fewer keys
+    if known not in memo:
         least = int(sight.q_positions.min() - sight.k_positions.max())
         most = int(sight.q_positions.max() - sight.k_positions.min())
         device = sight.q_positions.device
-        memo["distances"] = torch.tensor(-least, device=device), torch.arange(least, most + 1, device=device)
-    return memo["distances"]
+        memo[known] = torch.tensor(-least, device=device), torch.arange(least, most + 1, device=device)
+    return memo[known]
 
 
 def _block_mask(sight: Sight, batch: int, queries: int, keys: int, memo: dict[Any, Any]) -> BlockMask | None:
@@ -112,12 +135,15 @@ def _block_mask(sight: Sight, batch: int, queries: int, keys: int, memo: dict[An
         if mask is None:
             memo[known] = make(_seen, None, None, queries, keys, device=str(device))
         else:
-            whole = mask.expand(batch, -1, queries, -1)
+            width, whole = _rows("mask", mask.expand(-1, -1, queries, -1), batch, memo)
+            of_head = torch.tensor(queries * keys if mask.shape[1] > 1 else 0, device=device)
+            of_query = torch.tensor(keys, device=device)
 
             def allowed(b: Any, h: Any, i: Any, j: Any) -> Any:
-                return whole[b, 0, i, j]
+                return whole[b * width + h * of_head + i * of_query + j]
 
-            memo[known] = make(allowed, batch, None, queries, keys, device=str(device))
+            heads = mask.shape[1] if mask.shape[1] > 1 else None
+            memo[known] = make(allowed, batch, heads, queries, keys, device=str(device))
     return memo[known]
 
 
