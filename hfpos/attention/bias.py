@@ -72,6 +72,14 @@ class Layer:
         """Attention by a stock function."""
         return inner(self.module, self.query, self.key, self.value, mask, scaling=self.scaling, **self.options)
 
+    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """The bias (B, H, Q, K), with the dtype's minimum where a query does not see a key."""
+        sight, query = self.sight, self.query
+        scaled = query * self.scaling if self.scheme.reads_query else None
+        bias = bias_of(self.scheme, sight.q_positions, sight.k_positions, self.weights, scaled)
+        mask = full_mask(sight.mask, query, self.key, self.module, sight.causal)
+        return add_bias(bias, mask, dtype).expand(query.shape[0], -1, -1, -1)
+
     def separated(self, inner: Callable) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention by a stock function with the bias as extra dimensions."""
         positions = self.sight.q_positions, self.sight.k_positions
@@ -179,17 +187,19 @@ class BiasedAttention(Seam):
             options=options,
         )
         if (options.get("output_attentions") and not flash) or backend == "eager":
-            return self._written_out(layer, stock_function("eager", module))
+            return self._written_out(layer, stock_function("eager", module), memo)
         # A soft cap comes before the bias, an attention sink beside all logits: both need the bias itself in the logits
         needs_logits = options.get("softcap") is not None or hasattr(module, "sinks")
         if flash:
             return self._flash(layer, needs_logits)
         if query.shape[2] == 1:
-            return self._written_out(layer, stock_function("eager" if options.get("softcap") else "sdpa", module))
+            return self._written_out(
+                layer, stock_function("eager" if options.get("softcap") else "sdpa", module), memo
+            )
         if backend == "flex_attention" or (backend == "auto" and self._prefers_flex(layer)):
             return self._flex(layer, memo), None
         if needs_logits:
-            return self._written_out(layer, inner)
+            return self._written_out(layer, inner, memo)
         return self._sdpa(layer, inner)
 
     def _weights(self, module: Any, query: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
@@ -211,19 +221,27 @@ class BiasedAttention(Seam):
                 "its keys stand; generate without it"
             )
 
-    def _written_out(self, layer: Layer, inner: Callable) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _written_out(
+        self, layer: Layer, inner: Callable, memo: dict[Any, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The bias as the additive mask of a stock function, float32 or wider where that takes it: of one query, a row."""
         refuse_ring(layer.part, f"{self.scheme.name} as a bias tensor")
         sight, query = layer.sight, layer.query
-        scaled = query * layer.scaling if layer.scheme.reads_query else None
-        bias = bias_of(layer.scheme, sight.q_positions, sight.k_positions, layer.weights, scaled)
-        mask = sight.mask
-        if mask is not None and mask.ndim == 2:
-            mask = mask.bool()[:, None, None]
-        mask = full_mask(mask, query, layer.key, layer.module, sight.causal)
         only_narrow = is_fused(inner) and query.device.type != "cpu"
-        wide = query.dtype if only_narrow else torch.promote_types(query.dtype, torch.float32)
-        return layer.by(inner, add_bias(bias, mask, wide).expand(query.shape[0], -1, -1, -1))
+        dtype = query.dtype if only_narrow else torch.promote_types(query.dtype, torch.float32)
+        if query.shape[2] > 1 or not self._same_in_all_layers(layer):
+            return layer.by(inner, layer.additive_mask(dtype))
+        sources = sight.mask, sight.q_positions, sight.k_positions
+        known = ("row", dtype, *map(id, sources))
+        if known not in memo:
+            memo[known] = layer.additive_mask(dtype), sources  # while these are kept, their ids are their own
+        return layer.by(inner, memo[known][0])
+
+    def _same_in_all_layers(self, layer: Layer) -> bool:
+        """Whether one layer can make the bias for the others too: not where each has its own, nor where it is learned just now."""
+        own = self.scheme.reads_query or (self.scheme.learned and not self.scheme.shared)
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in layer.weights.values())
+        return not (own or learning or torch.compiler.is_compiling())
 
     def _sdpa(self, layer: Layer, inner: Callable) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Several queries on SDPA."""

@@ -40,6 +40,8 @@ def bias_of(
     query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The bias (B, H, Q, K) of a scheme, in the dtype of its weights: autocast would round what near keys differ by."""
+    if not torch.is_autocast_enabled(q_positions.device.type):
+        return scheme.bias(q_positions, k_positions, weights, query)
     with torch.autocast(q_positions.device.type, enabled=False):
         return scheme.bias(q_positions, k_positions, weights, query)
 

@@ -88,13 +88,13 @@ class Alibi(Bias):
 
         >>> positions = torch.arange(3)[None]
         >>> Alibi().bias(positions, positions, {"slopes": torch.tensor([0.5])})[0, 0, 2].tolist()
-        [-1.0, -0.5, -0.0]
+        [-1.0, -0.5, 0.0]
         """
         slopes = weights["slopes"]
-        distance = q_positions[:, None, :, None] - k_positions[:, None, None, :]
+        ahead = k_positions[:, None, None, :] - q_positions[:, None, :, None]
         if self.bidirectional:
-            distance = distance.abs()
-        return -slopes[:, None, None] * distance.to(slopes.dtype)
+            ahead = -ahead.abs()
+        return slopes[:, None, None] * ahead.to(slopes.dtype)
 
     def factors(
         self, q_positions: torch.Tensor, k_positions: torch.Tensor, weights: dict[str, torch.Tensor]

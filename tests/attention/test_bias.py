@@ -194,3 +194,28 @@ def test_bloom_keeps_its_logits_and_loses_its_rounding() -> None:
     rounded = [(model.bfloat16()(ids).logits.float() - exact).abs().mean() for model in (patched, stock)]
     assert rounded[0] < 0.5 * rounded[1]
     assert rounded[0] < 0.02 * exact.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "made"), [("alibi", 1), ("kerple", 1), ("fire", 2)]
+)  # the last has weights for each layer
+@torch.no_grad()
+def test_one_row_of_the_bias_serves_all_layers_of_a_step(
+    scheme: str, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hfpos.patch(unpatched("llama"), scheme)
+    cache = model(tokens(1, 20), use_cache=True).past_key_values
+    rows, kind = [], hfpos.schemes()[scheme]
+    own = kind.bias
+    monkeypatch.setattr(kind, "bias", lambda *args: rows.append(own(*args)) or rows[-1])
+    model(tokens(1, 1), past_key_values=cache, use_cache=True)
+    assert [row.shape for row in rows] == [(1, 4, 1, 21)] * made
+
+
+@torch.no_grad()
+def test_layers_that_cache_other_keys_have_rows_of_their_own() -> None:
+    model = hfpos.patch(unpatched("gemma3_text"), "alibi")  # one layer of which has a window
+    ids = tokens(1, 40)
+    expected = model(ids).logits
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    assert difference(model(ids[:, -1:], past_key_values=cache, use_cache=True).logits, expected[:, -1:]) < 2e-5
