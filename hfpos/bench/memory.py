@@ -1,4 +1,4 @@
-"""Peak memory of a call, as the operating system sees it."""
+"""Peak memory of a call."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import time
 from collections.abc import Callable
 
 import psutil
+import torch
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """How far the process's resident memory rises above its start during `call`, in bytes, sampled every millisecond.
+def peak_bytes(call: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """How far memory in use rises above its start during `call`, in bytes.
+
+    On a CPU, the process's resident memory, sampled every millisecond; on a GPU, what PyTorch has allocated there.
 
     >>> peak_bytes(lambda: bytearray(50_000_000)) > 0
     True
     """
     _release()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return max(torch.cuda.max_memory_allocated(device) - before, 1)
     process, done = psutil.Process(), threading.Event()
     start = process.memory_info().rss
     peak = start

@@ -10,10 +10,12 @@ import torch
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 
-def in_turn(contenders: dict[str, Callable[[], object]], rounds: int = 7, warmup: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    contenders: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of every contender, `rounds` times, one after the other in each round, so that a drift of the machine hits all alike.
 
     >>> sorted(in_turn({"a": lambda: None, "b": lambda: None}, rounds=2))
