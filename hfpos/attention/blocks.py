@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     Weights = dict[str, torch.Tensor]
 
-FEWEST, MOST = 256, 1024  # queries of a block whose bias costs no memory
+# Queries of a block whose bias costs no memory: few where a block would show much that is not seen, else so many that the CPU kernel takes
+# its large tiles, which it does from 768 on.
+FEWEST, LARGE, MOST = 256, 768, 1024
 ELEMENTS = 2**24  # of the bias of a block that does: 64 MiB in float32
 
 
@@ -125,7 +127,7 @@ def _rows(query: torch.Tensor, key: torch.Tensor, free: bool) -> int:
     """How many queries make a block: more are faster, fewer compute less that is not seen and hold less."""
     batch, heads, queries, _ = query.shape
     if free:
-        return min(max(queries // 8, FEWEST), MOST)
+        return FEWEST if queries < 4 * LARGE else min(max(queries // 8, LARGE), MOST)
     return min(max(ELEMENTS // (batch * heads * key.shape[2]), 16), FEWEST)
 
 
