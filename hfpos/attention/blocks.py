@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from hfpos.attention.dense import add_bias, bias_of
-from hfpos.attention.masks import visible
+from hfpos.attention.dense import add_bias, bias_of, causal
+from hfpos.attention.masks import seen_span, visible
 
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class Sight:
     q_positions: torch.Tensor
     k_positions: torch.Tensor
 
+    @property
+    def counted(self) -> bool:
+        """Whether positions count up by one, so that the distance of two tokens is that of their indices but for a constant."""
+        return all(bool((x.diff(dim=-1) == 1).all()) for x in (self.q_positions, self.k_positions))
+
     def of(self, columns: slice) -> tuple[slice, torch.Tensor | None]:
         """The keys that the queries in `columns` see between them, as one slice, and the mask of these, if any."""
         keys = self.k_positions.shape[1]
@@ -57,13 +62,9 @@ class Sight:
             if not self.causal:
                 return slice(0, keys), None
             span = slice(0, min(columns.stop, keys))
-            rows = torch.arange(columns.start, columns.stop, device=self.k_positions.device)[:, None]
-            return span, (torch.arange(span.stop, device=rows.device) <= rows)[None, None]
+            return span, causal(columns.stop - columns.start, span.stop, self.k_positions.device, columns.start)
         mask = self.mask[:, :, columns] if self.mask.shape[2] > 1 else self.mask
-        span = slice(0, keys)
-        if not torch.compiler.is_compiling():  # which cannot look at the numbers
-            index = visible(mask).flatten(0, -2).any(0).nonzero()
-            span = slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 1)
+        span = seen_span(visible(mask))
         return span, mask[..., span]
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from hfpos.scheme import Bias
 
 
-def causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """The boolean mask (1, 1, Q, K) that a call without a mask stands for: query i sees keys 0 .. i."""
-    rows, columns = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+def causal(queries: int, keys: int, device: torch.device, first: int = 0) -> torch.Tensor:
+    """The boolean mask (1, 1, Q, K) that a call without a mask stands for: query i sees keys 0 .. i. The queries are i = `first` and on."""
+    rows, columns = torch.arange(first, first + queries, device=device)[:, None], torch.arange(keys, device=device)
     return (columns <= rows)[None, None]
 
 

@@ -42,8 +42,7 @@ class Distances:
         if not scheme.relative or torch.compiler.is_compiling():
             return None
         q_positions, k_positions = sight.q_positions, sight.k_positions
-        counted = all(bool((x.diff(dim=-1) == 1).all()) for x in (q_positions, k_positions))
-        if not counted or bool((q_positions[:, 0] != k_positions[:, 0]).any()):
+        if not sight.counted or bool((q_positions[:, 0] != k_positions[:, 0]).any()):
             return None
         queries, keys = q_positions.shape[1], k_positions.shape[1]
         distances = torch.arange(queries - 1, -keys, -1, device=q_positions.device)

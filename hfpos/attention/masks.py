@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpos.attention.dense import causal as causal_mask
 from hfpos.scheme import PatchError
 
 
@@ -58,6 +59,14 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+def seen_span(seen: torch.Tensor) -> slice:
+    """From the first to the last key (..., Q, K) that any query sees; one key that none does where there is no other."""
+    if torch.compiler.is_compiling():  # which cannot look at the numbers
+        return slice(None)
+    index = seen.flatten(0, -2).any(0).nonzero()
+    return slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 1)
+
+
 def _only_hides(mask: torch.Tensor) -> bool:
     return bool(((mask == 0) | ~visible(mask)).all())
 
@@ -73,9 +82,7 @@ def _checked(scheme: Bias, mask: torch.Tensor, queries: int, total: int | torch.
     if not scheme.two_sided and queries > 1:
         keys = mask.shape[-1]
         first = min(int(total), keys) - queries
-        rows = torch.arange(first, first + queries, device=mask.device)[:, None]
-        later = torch.arange(keys, device=mask.device) > rows
-        if bool((visible(mask) & later).any()):
+        if bool((visible(mask) & ~causal_mask(queries, keys, mask.device, first)).any()):
             _refuse_future(scheme)
     return visible(mask) if mask.dtype == torch.bool or _only_hides(mask) else mask
 

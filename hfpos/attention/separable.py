@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MULTIPLE = 8  # of which kernels like a head's width to be
 WIDEST = 256  # head that kernels take
 BALANCE = 256.0  # a power of two, exact: keeps positions up to 16 million inside float16's range
-PARTS = {torch.float32: (1, 1), torch.float64: (1, 1)}  # of f and of g; two and three in narrower types
+PARTS = {torch.float32: (1, 1), torch.float64: (1, 1)}  # that f and g are split into
+NARROW_PARTS = (2, 3)  # in narrower types
 
 
 def split(values: torch.Tensor, dtype: torch.dtype, parts: int) -> list[torch.Tensor]:
@@ -61,7 +62,7 @@ def features(
     pair = scheme.factors(q_positions - centre, k_positions - centre, weights)
     if pair is None:
         return None
-    f_parts, g_parts = PARTS.get(dtype, (2, 3))
+    f_parts, g_parts = PARTS.get(dtype, NARROW_PARTS)
     f = split(pair[0] * (BALANCE / scaling), dtype, f_parts)
     g = split(pair[1] / BALANCE, dtype, g_parts)
     columns = torch.cat([a for a in f for _ in g], -1), torch.cat([b for _ in f for b in g], -1)
@@ -72,8 +73,12 @@ def features(
 def fits(scheme: Bias, width: int, dtype: torch.dtype, weights: dict[str, torch.Tensor]) -> bool:
     """Whether heads of `width` with the features are still no wider than what kernels take."""
     nowhere = torch.zeros(1, 1, dtype=torch.int64, device=next(iter(weights.values())).device)
-    added = features(scheme, weights, 1.0, (nowhere, nowhere), dtype)
-    return added is not None and width + added[0].shape[-1] <= WIDEST
+    pair = scheme.factors(nowhere, nowhere, weights)
+    if pair is None:
+        return False
+    f_parts, g_parts = PARTS.get(dtype, NARROW_PARTS)
+    extra = pair[0].shape[-1] * f_parts * g_parts
+    return width + extra + -extra % MULTIPLE <= WIDEST
 
 
 def separable_attention(

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from hfpos.attention.dense import causal
+from hfpos.attention.masks import seen_span
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,16 +81,11 @@ class Tiles:
         return far_tile, near_tile
 
     def _without_mask(self, columns: slice) -> torch.Tensor:
-        device = self.k_positions.device
-        keys = torch.arange(self.k_positions.shape[1], device=device)[None, None, None]
-        rows = torch.arange(columns.start, columns.stop, device=device)[:, None]
-        return keys <= rows if self.causal else torch.ones_like(keys <= rows)
+        seen = causal(columns.stop - columns.start, self.k_positions.shape[1], self.k_positions.device, columns.start)
+        return seen if self.causal else torch.ones_like(seen)
 
 
 def _tile(allowed: torch.Tensor, added: torch.Tensor | None) -> Tile:
-    """From the first to the last key that any query is allowed; one key that is masked where there is none."""
-    span = slice(None)
-    if not torch.compiler.is_compiling():  # which cannot look at the numbers
-        index = allowed.flatten(0, -2).any(0).nonzero()
-        span = slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 1)
+    """The keys that any query is allowed."""
+    span = seen_span(allowed)
     return Tile(span, allowed[..., span], None if added is None else added[..., span])

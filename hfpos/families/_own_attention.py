@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hfpos.attention.dense import eager_attention
 from hfpos.attention.interface import PREFIX
 from hfpos.families._family import Family
-from hfpos.families.gpt2 import DEFAULT_THETA, PositionTables
+from hfpos.families.gpt2 import PositionTables, geometry_without_rotary
 from hfpos.plan import Hook, set_attribute, swap_class
 from hfpos.positions import OuterPositionIds, PositionHook
 from hfpos.rotation import rotate
@@ -133,16 +133,8 @@ class OwnAttention(Family):
         return "alibi"
 
     def geometry(self) -> Geometry:
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
         length = getattr(self.config, self.length_key, None)
-        return Geometry(
-            heads=self.config.num_attention_heads,
-            head_dim=head_dim,
-            rotary_dim=head_dim,
-            theta=DEFAULT_THETA,
-            trained_length=length,
-            allowed_length=length,
-        )
+        return geometry_without_rotary(self.config.num_attention_heads, self.config.hidden_size, length)
 
     def length_keys(self) -> tuple[str, ...]:
         return (self.length_key,)

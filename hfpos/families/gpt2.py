@@ -28,6 +28,24 @@ if TYPE_CHECKING:
 DEFAULT_THETA = 10_000.0
 
 
+def geometry_without_rotary(heads: int, width: int, length: int | None) -> Geometry:
+    """The numbers of a model that rotates nothing itself; a rotation put into it turns whole heads, with the usual base.
+
+    Args:
+        width: of the hidden states, all heads together.
+        length: that the model was trained at and allows, in tokens.
+    """
+    head_dim = width // heads
+    return Geometry(
+        heads=heads,
+        head_dim=head_dim,
+        rotary_dim=head_dim,
+        theta=DEFAULT_THETA,
+        trained_length=length,
+        allowed_length=length,
+    )
+
+
 class PositionTables:
     """cos and sin at integer positions, for families whose attention rotates before it caches."""
 
@@ -96,15 +114,7 @@ class GPT2(Family):
         return "learned"
 
     def geometry(self) -> Geometry:
-        head_dim = self.config.n_embd // self.config.n_head
-        return Geometry(
-            heads=self.config.n_head,
-            head_dim=head_dim,
-            rotary_dim=head_dim,
-            theta=DEFAULT_THETA,
-            trained_length=self.config.n_positions,
-            allowed_length=self.config.n_positions,
-        )
+        return geometry_without_rotary(self.config.n_head, self.config.n_embd, self.config.n_positions)
 
     def length_keys(self) -> tuple[str, ...]:
         return "n_positions", "n_ctx"

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfpos.families._family import Family, calls_interface
-from hfpos.families.gpt2 import DEFAULT_THETA, NoPositions
+from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
 from hfpos.plan import freeze, swap_class
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.learned import Learned
@@ -61,15 +61,7 @@ class LearnedTable(Family):
 
     def geometry(self) -> Geometry:
         length = getattr(self.config, "max_position_embeddings", None)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        return Geometry(
-            heads=self.config.num_attention_heads,
-            head_dim=head_dim,
-            rotary_dim=head_dim,
-            theta=DEFAULT_THETA,
-            trained_length=length,
-            allowed_length=length,
-        )
+        return geometry_without_rotary(self.config.num_attention_heads, self.config.hidden_size, length)
 
     def probe_positions(self, geometry: Geometry) -> None:
         return None

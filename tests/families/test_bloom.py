@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hfpos
+from tests.families.own_attention import check_other_heads
 from tests.pairs import Pair, tokens, unpatched
 from tests.state import logits
 
@@ -87,12 +88,4 @@ def test_other_heads_of_bloom():
 
     config = unpatched("bloom").config
     config.pad_token_id = 0
-    for cls in (BloomModel, BloomForSequenceClassification):
-        torch.manual_seed(0)
-        model = cls(config).eval()
-        with torch.no_grad():
-            before = model(tokens(2, 40))[0]
-            hfpos.patch(model, "alibi")
-            torch.testing.assert_close(model(tokens(2, 40))[0], before, rtol=0, atol=1e-5)
-            hfpos.unpatch(model)
-            assert torch.equal(model(tokens(2, 40))[0], before)
+    check_other_heads(config, (BloomModel, BloomForSequenceClassification))

@@ -6,6 +6,7 @@ from transformers import FalconForSequenceClassification, FalconModel
 from transformers.models.falcon import modeling_falcon
 
 import hfpos
+from tests.families.own_attention import check_mask_is_written_out_where_needed, check_other_heads
 from tests.pairs import tokens
 from tests.state import logits
 from tests.tiny import tiny
@@ -123,19 +124,10 @@ def test_own_bias_is_off(scheme, monkeypatch):
         torch.testing.assert_close(logits(model), logits(stock()), rtol=0, atol=1e-5)
 
 
-@torch.no_grad()
 def test_a_mask_is_written_out_only_where_one_is_needed():
-    model, seen = patched(), []
-    model.transformer.h[0].self_attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    padding = torch.ones(2, 30, dtype=torch.long)
-    padding[0, :7] = 0
-    model(tokens(2, 30), attention_mask=torch.ones_like(padding))
-    model(tokens(2, 30), attention_mask=padding)
-    assert seen[0] is None
-    assert seen[1].shape == (2, 1, 30, 30)
-    assert model.transformer.h[0].hfpos_source.mask is None  # none is kept
+    model = patched()
+    layer = model.transformer.h[0]
+    check_mask_is_written_out_where_needed(model, layer, layer.self_attention)
 
 
 @pytest.mark.parametrize("variant", ["one key head", "grouped"])
@@ -159,14 +151,5 @@ def test_a_falcon_that_rotates_is_another_family():
 
 
 @pytest.mark.usefixtures("unrounded")
-@torch.no_grad()
 def test_other_heads_of_falcon():
-    config = stock(pad_token_id=0).config
-    for cls in (FalconModel, FalconForSequenceClassification):
-        torch.manual_seed(0)
-        model = cls(config).eval()
-        before = model(tokens(2, 40))[0]
-        hfpos.patch(model, "alibi")
-        torch.testing.assert_close(model(tokens(2, 40))[0], before, rtol=0, atol=1e-5)
-        hfpos.unpatch(model)
-        assert torch.equal(model(tokens(2, 40))[0], before)
+    check_other_heads(stock(pad_token_id=0).config, (FalconModel, FalconForSequenceClassification))

@@ -7,6 +7,7 @@ import torch
 from transformers import MptForSequenceClassification, MptModel
 
 import hfpos
+from tests.families.own_attention import check_mask_is_written_out_where_needed, check_other_heads
 from tests.pairs import tokens
 from tests.state import logits
 from tests.tiny import tiny
@@ -119,19 +120,10 @@ def test_a_static_cache_knows_where_padding_is():
     assert torch.equal(model.generate(ids, use_cache=True, cache_implementation="static", **settings), expected)
 
 
-@torch.no_grad()
 def test_a_mask_is_written_out_only_where_one_is_needed():
-    model, seen = patched(), []
-    model.transformer.blocks[0].attn.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    padding = torch.ones(2, 30, dtype=torch.long)
-    padding[0, :7] = 0
-    model(tokens(2, 30), attention_mask=torch.ones_like(padding))
-    model(tokens(2, 30), attention_mask=padding)
-    assert seen[0] is None
-    assert seen[1].shape == (2, 1, 30, 30)
-    assert model.transformer.blocks[0].hfpos_source.mask is None  # none is kept
+    model = patched()
+    layer = model.transformer.blocks[0]
+    check_mask_is_written_out_where_needed(model, layer, layer.attn)
 
 
 def test_an_mpt_without_alibi_is_refused():
@@ -139,14 +131,5 @@ def test_an_mpt_without_alibi_is_refused():
         hfpos.patch(stock(attn_config={"alibi": False}), "alibi")
 
 
-@torch.no_grad()
 def test_other_heads_of_mpt():
-    config = stock(pad_token_id=0).config
-    for cls in (MptModel, MptForSequenceClassification):
-        torch.manual_seed(0)
-        model = cls(config).eval()
-        before = model(tokens(2, 40))[0]
-        hfpos.patch(model, "alibi")
-        torch.testing.assert_close(model(tokens(2, 40))[0], before, rtol=0, atol=1e-5)
-        hfpos.unpatch(model)
-        assert torch.equal(model(tokens(2, 40))[0], before)
+    check_other_heads(stock(pad_token_id=0).config, (MptModel, MptForSequenceClassification))
