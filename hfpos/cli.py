@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -189,6 +190,12 @@ def main() -> None:
     except PatchError as error:
         print(f"hfpos: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:
+        if not end.code and "WORLD_SIZE" in os.environ:
+            from hfpos.evaluate.processes import leave
+
+            leave()
+        raise
 
 
 def _signature(field: dataclasses.Field) -> str:

@@ -1,7 +1,5 @@
 """Two processes with `DistributedDataParallel`: nothing of a scheme is in a buffer that the ranks share."""
 
-import os
-import subprocess
 import sys
 from datetime import timedelta
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 from tests.pairs import Pair, tokens
+from tests.processes import leave, torchrun
 
 
 PAIRS = {
@@ -41,17 +40,11 @@ def rank_main(folder):
             loss.backward()
         gradients = {key: weight.grad for key, weight in model.module.named_parameters() if weight.grad is not None}
         torch.save((loss.item(), gradients), f"{folder}/{name}-{rank}.pt")
-    torch.distributed.barrier()  # neither rank leaves while the other still talks to it
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_processes_are_one(tmp_path):
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __name__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(
-        [sys.executable, *run], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    torchrun("-m", __name__, str(tmp_path))
     for name, pair in PAIRS.items():
         model = pair.model().train()
         losses = [loss_of(model, rank) for rank in (0, 1)]

@@ -1,8 +1,6 @@
 """Two processes that share a sequence compute what one does: DeepSpeed's Ulysses, and torch's context parallel with a ring for a CPU."""
 
 import json
-import os
-import subprocess
 import sys
 from datetime import timedelta
 
@@ -13,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hfpos
 from hfpos.attention.sequence_parallel import heads_seen, require_ours
 from tests.pairs import Pair, difference, tokens
+from tests.processes import leave, torchrun
 
 
 LENGTH, LOCAL = 48, 24  # of the whole sequence, beyond the trained length of 32, and of each process
@@ -188,16 +187,7 @@ def ring_main(folder: str) -> dict[str, str]:
 def folder(tmp_path_factory):
     """Where two processes have left what they computed."""
     path = tmp_path_factory.mktemp("parts")
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __name__, str(path)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    ran = subprocess.run(
-        [sys.executable, *run], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    torchrun("-m", __name__, str(path), DS_ACCELERATOR="cpu")
     return path
 
 
@@ -263,5 +253,4 @@ if __name__ == "__main__":
     messages = ulysses_main(sys.argv[1]) | ring_main(sys.argv[1])
     with open(f"{sys.argv[1]}/errors-{torch.distributed.get_rank()}.json", "w") as file:  # noqa: PTH123
         json.dump(messages, file)
-    torch.distributed.barrier()  # neither process leaves while the other still talks to it
-    torch.distributed.destroy_process_group()
+    leave()

@@ -1,8 +1,6 @@
 """`accelerate launch` with two processes: documents divided, one result, equal to a single process's; an error of one reaches all."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hfpos
 from hfpos.evaluate import key_value, perplexity
+from tests.processes import accelerate_launch, leave
 from tests.tiny import tiny
 
 
@@ -60,20 +59,7 @@ def _spoil(module, args, kwargs, output):
 
 
 def test_two_processes_are_one(tmp_path):
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-        "--mixed_precision=no",
-    ]
-    launch += ["--dynamo_backend=no", "--rdzv_backend=c10d", "--main_process_port=0", "-m", __name__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run(
-        [sys.executable, *launch], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    accelerate_launch("-m", __name__, str(tmp_path))
     expected = measure()
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
@@ -88,3 +74,4 @@ def test_two_processes_are_one(tmp_path):
 
 if __name__ == "__main__":
     process_main(sys.argv[1])
+    leave()
