@@ -1,7 +1,7 @@
 # Every target makes .venv by itself, from the exact versions in .ci/constraints.txt; only python3, git and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := test,plot,peft,data,lm-eval,sequence-parallel
+EXTRAS := test,plot,peft,qlora,track,data,lm-eval,sequence-parallel
 
 .PHONY: demo test test-slow check style bench matrix
 

@@ -14,8 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hfpos.evaluate import commands
+from hfpos.evaluate import commands as evaluate_commands
 from hfpos.scheme import PatchError
+from hfpos.search import commands as search_commands
+from hfpos.train import commands as train_commands
 
 
 app = typer.Typer(
@@ -25,7 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-commands.add_to(app)
+for commands in (evaluate_commands, train_commands, search_commands):
+    commands.add_to(app)
 SCHEME_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

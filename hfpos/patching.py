@@ -84,7 +84,7 @@ def patch(
     """
     chosen = _resolve(scheme, parameters)
     target = language_model(model)
-    _refuse_compiled(model)
+    refuse_compiled(model)
     previous = record_of(target)
     if previous is not None:
         _undo(target, previous)
@@ -171,7 +171,7 @@ def _resolve(scheme: str | Scheme, parameters: dict[str, Any]) -> Scheme:
     return REGISTRY[scheme].create(**parameters)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module) -> None:
     compiled = any(
         hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
     )

@@ -1,4 +1,4 @@
-"""The only code that registers with Transformers' attention and mask interfaces.
+"""Registers with Transformers' attention and mask interfaces what acts inside attention; shifted attention has a file of its own.
 
 An attention implementation and its mask function are registered under one name, always as a pair: without the second, padding is
 dropped in silence. Each of ours stands on one of Transformers' and hands queries and keys to the seam in the call's `Call` first. The

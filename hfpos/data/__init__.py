@@ -1,4 +1,4 @@
-"""Text to token ids to blocks of one length."""
+"""Text to token ids to samples of one length."""
 
 from hfpos.data.corpus import (
     Document,
@@ -10,12 +10,16 @@ from hfpos.data.corpus import (
     train_tokenizer,
 )
 from hfpos.data.documents import DocumentSet, TokenizedDocument, load_documents
+from hfpos.data.mixture import Source
+from hfpos.data.training_set import TrainingSet, training_set
 
 
 __all__ = [
     "Document",
     "DocumentSet",
+    "Source",
     "TokenizedDocument",
+    "TrainingSet",
     "blocks",
     "load_documents",
     "read_documents",
@@ -23,4 +27,5 @@ __all__ = [
     "standard_library",
     "tokenize",
     "train_tokenizer",
+    "training_set",
 ]

@@ -18,11 +18,14 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hfpos.data.parquet import read_parquet
 from hfpos.scheme import PatchError
 
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+PARQUET_SUFFIX = ".parquet"
+TEXT_SUFFIXES = (*PLAIN_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX)
 
 # Installed packages, test data and generated tables: not the library's own prose and code, and not alike everywhere.
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "lib2to3", "encodings", "pydoc_data"})
@@ -53,7 +56,7 @@ def standard_library(min_characters: int = 4_000) -> list[Document]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
-    for path in _files_in(root, PLAIN_SUFFIXES, _SKIPPED_FOLDERS):
+    for path in files_in(root, PLAIN_SUFFIXES, _SKIPPED_FOLDERS):
         text = path.read_text(encoding="utf-8", errors="replace")
         if len(text) >= min_characters and _text_share(text) >= _MIN_TEXT_SHARE:
             documents.append(Document(path.relative_to(root).as_posix(), text))
@@ -66,12 +69,12 @@ def standard_library(min_characters: int = 4_000) -> list[Document]:
 
 
 def read_documents(path: str | Path, text_column: str = "text") -> list[Document]:
-    """Read the user's text: one document a file, or one a line of JSON lines. Empty ones are left out.
+    """Read the user's text: one document a file, or one a row of JSON lines or parquet. Empty ones are left out.
 
     Args:
-        path: a .txt, .md, .rst or .py file (UTF-8); a .jsonl or .jsonl.gz file whose rows have a text field; or a
-            folder, which is searched for all of these.
-        text_column: the text field of JSON lines.
+        path: a .txt, .md, .rst or .py file (UTF-8); a .jsonl, .jsonl.gz or .parquet file whose rows have a text
+            field; or a folder, which is searched for all of these.
+        text_column: the text field of JSON lines and parquet.
 
     Raises:
         PatchError: nothing there, nothing readable there, or a row without text.
@@ -83,7 +86,7 @@ def read_documents(path: str | Path, text_column: str = "text") -> list[Document
         if text.strip():
             documents.append(Document(name, text))
     if not documents:
-        known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
+        known = ", ".join(TEXT_SUFFIXES)
         raise PatchError(f"no text in {path}; expected at least one non-empty document ({known})")
     return documents
 
@@ -97,7 +100,7 @@ def iterate_files(path: str | Path, text_column: str = "text") -> Iterator[tuple
     path = Path(path)
     if not path.exists():
         raise PatchError(f"no text at {path}; expected a file or a folder: check the path")
-    files = _files_in(path, PLAIN_SUFFIXES + JSONL_SUFFIXES) if path.is_dir() else [path]
+    files = files_in(path, TEXT_SUFFIXES) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
     for file in files:
         name = file.relative_to(root).as_posix()
@@ -192,7 +195,8 @@ def blocks(documents: Iterable[Sequence[int]], length: int) -> list[list[int]]:
     return [list(ids[i : i + length]) for ids in documents for i in range(0, len(ids) - length + 1, length)]
 
 
-def _files_in(folder: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()) -> list[Path]:
+def files_in(folder: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()) -> list[Path]:
+    """The files in `folder`, and in the folders in it that are neither hidden nor `skipped`, whose names end so, sorted."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
@@ -213,8 +217,10 @@ def _read_file(path: Path, name: str, text_column: str) -> Iterator[tuple[str, s
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{name}:{number}", _row_text(path, number, line, text_column)
+    elif path.name.endswith(PARQUET_SUFFIX):
+        yield from read_parquet(path, name, text_column)
     else:
-        known = ", ".join(PLAIN_SUFFIXES + JSONL_SUFFIXES)
+        known = ", ".join(TEXT_SUFFIXES)
         yield name, PatchError(f"cannot read {path} as text; expected a file that ends in {known}")
 
 

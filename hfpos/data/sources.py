@@ -1,20 +1,34 @@
-"""Where the text of an evaluation comes from: files, rows of a dataset, a dataset by its name, strings."""
+"""Where text comes from: files, rows of a dataset, a dataset by its name, strings."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hfpos.data.corpus import JSONL_SUFFIXES, PLAIN_SUFFIXES, iterate_files, standard_library
+from hfpos.data.corpus import TEXT_SUFFIXES, Document, iterate_files, split_documents, standard_library
 from hfpos.scheme import PatchError
 
 
 STANDARD_LIBRARY = "stdlib"
+LIBRARY_SPLITS = ("train", "held_out")
 
 
-def read_source(source: Any, text_column: str, split: str | None) -> Iterator[tuple[str, str | PatchError]]:
+def read_source(
+    source: Any, text_column: str, split: str | None, *, streaming: bool = False, start: int = 0
+) -> Iterator[tuple[str, str | PatchError]]:
     """Yield the name and the text of every document; where a text cannot be had, the error stands in its place.
+
+    Nothing is read before it is asked for, and no more than one document is held.
+
+    Args:
+        source: see `hfpos.data.load_documents`.
+        text_column: the field that holds the text, where `source` has rows.
+        split: of a dataset that has several; of a folder, as `datasets.load_dataset` finds it; of "stdlib" `train` or `held_out`, which
+            share no file.
+        streaming: `source` is a dataset's name or folder, read by `datasets.load_dataset(..., streaming=True)`.
+        start: leave out so many documents at the beginning.
 
     Raises:
         PatchError: nothing can be read from `source` at all, or a `split` is asked for or missing.
@@ -22,25 +36,56 @@ def read_source(source: Any, text_column: str, split: str | None) -> Iterator[tu
     >>> list(read_source(["one", {"text": "two"}], text_column="text", split=None))
     [('document 0', 'one'), ('document 1', 'two')]
     """
-    if isinstance(source, str) and source != STANDARD_LIBRARY and not Path(source).exists():
-        source = _load_dataset(source, split)
-        split = split if isinstance(source, Mapping) else None
+    part = None
+    if isinstance(source, str) and source == STANDARD_LIBRARY:
+        part, split = split, None
+    source = open_source(source, split, streaming)
+    if isinstance(source, str) and source == STANDARD_LIBRARY:
+        library = ((document.name, document.text) for document in _library(part))
+        texts: Iterator[tuple[str, str | PatchError]] = itertools.islice(library, start, None)
+    elif isinstance(source, (str, Path)):
+        texts = itertools.islice(iterate_files(source, text_column), start, None)
+    else:
+        texts = iterate_rows(source, text_column, start)
+    for name, text in texts:
+        yield name, _check_text(name, text)
+
+
+def open_source(source: Any, split: str | None, streaming: bool = False) -> Any:
+    """Find what is to be read: "stdlib", a file, a folder, or an iterable of rows or strings.
+
+    Raises:
+        PatchError: no such dataset, a `split` that is asked for or missing, or `streaming` of what is no dataset.
+    """
+    if isinstance(source, (str, Path)) and source != STANDARD_LIBRARY:
+        is_name = isinstance(source, str) and not Path(source).exists()
+        if is_name or (Path(source).is_dir() and (streaming or split is not None)):
+            source = _load_dataset(str(source), split, streaming)
+            split = split if isinstance(source, Mapping) else None
+    elif streaming:
+        raise PatchError(
+            f"streaming=True was given with {describe_source(source)}; expected the name or folder of a dataset: leave "
+            "streaming out"
+        )
     if isinstance(source, Mapping):
         source, split = _take_split(source, split), None
     if split is not None:
         raise PatchError(
             f"split={split!r} was given with {describe_source(source)}, which has no splits; leave split out"
         )
-    if isinstance(source, str) and source == STANDARD_LIBRARY:
-        texts: Iterable[tuple[str, str | PatchError]] = (
-            (document.name, document.text) for document in standard_library()
+    return source
+
+
+def _library(part: str | None) -> list[Document]:
+    documents = standard_library()
+    if part is None:
+        return documents
+    parts = dict(zip(LIBRARY_SPLITS, split_documents(documents), strict=True))
+    if part not in parts:
+        raise PatchError(
+            f"split={part!r} was given with stdlib; expected {' or '.join(LIBRARY_SPLITS)}, or leave split out"
         )
-    elif isinstance(source, (str, Path)):
-        texts = iterate_files(source, text_column)
-    else:
-        texts = _rows(source, text_column)
-    for name, text in texts:
-        yield name, _check_text(name, text)
+    return parts[part]
 
 
 def describe_source(source: Any) -> str:
@@ -55,23 +100,33 @@ def describe_source(source: Any) -> str:
     return f"{type(source).__name__}{size}"
 
 
-def _load_dataset(name: str, split: str | None) -> Any:
-    if name.endswith(PLAIN_SUFFIXES + JSONL_SUFFIXES) or name.startswith((".", "/")):
+def _load_dataset(name: str, split: str | None, streaming: bool) -> Any:
+    is_folder = Path(name).is_dir()
+    if not is_folder and (name.endswith(TEXT_SUFFIXES) or name.startswith((".", "/"))):
         raise PatchError(f"no text at {name}; expected a file or a folder: check the path")
     try:
         import datasets
     except ImportError as error:
-        raise PatchError(
-            f"{name!r} is no file or folder, and to look for a dataset of that name the package datasets is needed: "
-            'pip install "hfpos[data]"'
-        ) from error
+        need = "to read a folder as a dataset" if is_folder else "it is no file or folder, and to look for a dataset"
+        raise PatchError(f'{name!r}: {need} the package datasets is needed: pip install "hfpos[data]"') from error
+    options = {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(name, split=split)
+        found = datasets.load_dataset(name, split=split, **options)
+        first = next(iter(found.values())) if isinstance(found, Mapping) else found
+        if is_folder and first.info.builder_name == "text":  # which would take every line for a document
+            return datasets.load_dataset(name, split=split, sample_by="document", **options)
+        return found
     except Exception as error:
+        tried = "no folder" if is_folder else "no file or folder, and no dataset"
         raise PatchError(
-            f"{name!r} is no file or folder, and no dataset that can be loaded by that name with split={split!r} "
-            f"({type(error).__name__}: {error}); check the spelling and the network"
+            f"{name!r} is {tried} that datasets can load with split={split!r} "
+            f"({one_line(error)}); check the spelling{'' if is_folder else ' and the network'}"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The kind of an error and what it says, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _take_split(source: Mapping[str, Any], split: str | None) -> Any:
@@ -85,7 +140,12 @@ def _take_split(source: Mapping[str, Any], split: str | None) -> Any:
     return source[split]
 
 
-def _rows(source: Any, text_column: str) -> Iterator[tuple[str, str | PatchError]]:
+def iterate_rows(source: Any, text_column: str, start: int = 0) -> Iterator[tuple[str, str | PatchError]]:
+    """Yield name and text of rows or strings from row `start` on; where a text cannot be had, the error stands in its place.
+
+    Raises:
+        PatchError: `source` cannot be iterated over, or has no such column.
+    """
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         raise PatchError(
             f"cannot read documents from a {type(source).__name__}; expected a path, a dataset, its name, or a list of strings"
@@ -98,7 +158,9 @@ def _rows(source: Any, text_column: str) -> Iterator[tuple[str, str | PatchError
                 "text_column="
             )
         source = source.select_columns([text_column])  # type: ignore[attr-defined]
-    for index, row in enumerate(source):
+    # a dataset knows better than we do how to leave rows out
+    rows = source.skip(start) if hasattr(source, "skip") else itertools.islice(source, start, None)
+    for index, row in enumerate(rows, start):
         name = f"document {index}"
         text = row.get(text_column) if isinstance(row, Mapping) else row
         if isinstance(text, str):

@@ -41,15 +41,20 @@ def tokenize_cached(
     Raises:
         PatchError: `tokenizer` is none.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        missing = "missing tokenizer" if tokenizer is None else f"the tokenizer is a {type(tokenizer).__name__}"
-        raise PatchError(f"{missing}; expected a Transformers tokenizer, e.g. AutoTokenizer.from_pretrained(MODEL)")
-    path = (_default_folder() if cache_dir is None else Path(cache_dir)) / f"{_key(texts, tokenizer)}.safetensors"
+    check_tokenizer(tokenizer)
+    path = (default_folder() if cache_dir is None else Path(cache_dir)) / f"{_key(texts, tokenizer)}.safetensors"
     stored = _read(path)
     if stored is None:
         stored = _pack(_tokenize(texts, tokenizer))
         _write(path, stored)
     return _unpack(stored)
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise `PatchError` unless it is a Transformers tokenizer."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        missing = "missing tokenizer" if tokenizer is None else f"the tokenizer is a {type(tokenizer).__name__}"
+        raise PatchError(f"{missing}; expected a Transformers tokenizer, e.g. AutoTokenizer.from_pretrained(MODEL)")
 
 
 def bytes_of_tokens(text: str, character_ends: np.ndarray) -> np.ndarray:
@@ -93,13 +98,13 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
-    for part in [*_serialise(tokenizer), *(text.encode() for text in texts)]:
+    for part in [*serialise(tokenizer), *(text.encode() for text in texts)]:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
 
 
-def _serialise(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+def serialise(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Everything that decides which ids a text becomes."""
     name = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}, {tokenizer.split_special_tokens}"
     if tokenizer.is_fast:
@@ -114,7 +119,8 @@ def _serialise(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
         return [name.encode(), *(part for path in files for part in (path.name.encode(), path.read_bytes()))]
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
+    """Where tokenised text is kept unless a folder is given."""
     if os.environ.get("HFPOS_CACHE"):
         return Path(os.environ["HFPOS_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
