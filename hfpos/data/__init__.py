@@ -1,5 +1,6 @@
 """Text to token ids to samples of one length."""
 
+from hfpos.data.collators import Collator, PoseCollator, RandomPositionCollator
 from hfpos.data.corpus import (
     Document,
     blocks,
@@ -15,8 +16,11 @@ from hfpos.data.training_set import TrainingSet, training_set
 
 
 __all__ = [
+    "Collator",
     "Document",
     "DocumentSet",
+    "PoseCollator",
+    "RandomPositionCollator",
     "Source",
     "TokenizedDocument",
     "TrainingSet",

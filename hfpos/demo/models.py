@@ -1,6 +1,7 @@
 """The demo's text and models: read, trained and fine-tuned once, then found again by a hash of all that went in."""
 
 import hashlib
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfpos.data import Document, blocks, read_documents, split_documents, standard_library, tokenize, train_tokenizer
+from hfpos.demo.loop import train
 from hfpos.demo.measure import UNPATCHED
 from hfpos.demo.options import DemoOptions
 from hfpos.evaluate.key_value import copying
 from hfpos.evaluate.load import load_model, require_tokenizer
 from hfpos.evaluate.processes import device
-from hfpos.patching import patch
-from hfpos.train.loop import train
+from hfpos.train.folder import RunFolder
+from hfpos.train.recipe import Recipe
+from hfpos.train.run import run as train_by_recipe
 from hfpos.version import __version__
+
+
+TRAIN, HELD_OUT = "train.jsonl", "held-out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,17 @@ def read_corpus(options: DemoOptions) -> Corpus:
     for document in documents:
         digest.update(f"{document.name}\0{document.text}\0".encode(errors="surrogatepass"))
     return Corpus(train_documents, held_out, digest.hexdigest())
+
+
+def write_corpus(corpus: Corpus, folder: Path) -> None:
+    """Leave both parts of the text as JSON lines, for recipes and comparisons."""
+    for name, documents in ((TRAIN, corpus.train), (HELD_OUT, corpus.held_out)):
+        rows = "".join(json.dumps({"name": each.name, "text": each.text}) + "\n" for each in documents)
+        path = folder / name
+        if (
+            not path.exists() or path.read_text(encoding="utf-8") != rows
+        ):  # a file that stays is known to the tokenised data
+            path.write_text(rows, encoding="utf-8")
 
 
 def base_model(options: DemoOptions, corpus: Corpus) -> Path:
@@ -106,27 +123,41 @@ def recall_model(options: DemoOptions, corpus: Corpus, base: Path) -> Path:
 
 
 def finetuned_model(options: DemoOptions, corpus: Corpus, base: Path, scheme: str, length: int) -> Path:
-    """The folder of the base model after fine-tuning under `scheme` (or "none"), done now unless it was before."""
-
-    def build(folder: Path) -> None:
-        model, tokenizer = load(base)
-        if scheme != UNPATCHED:
-            patch(model, scheme, factor=options.factor, tokenizer=tokenizer)
-        train(
-            model,
-            blocks(tokenize(tokenizer, corpus.train), length),
-            steps=options.finetune_steps,
-            batch_size=max(1, options.batch_tokens // length),
-            # Steps must shrink with width: this is 8e-4 for the small model and 2e-5 at width 4,096.
-            learning_rate=0.1 / model.config.get_text_config().hidden_size,
-            seed=options.seed,
-            label=f"fine-tuning ({scheme}) at {length} tokens",
-        )
-        _save(model, tokenizer, folder)
-
+    """The folder of the base model after fine-tuning under `scheme` (or "none"), done now by a recipe unless it was before."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir())]
     settings = (scheme, options.factor, options.finetune_steps, options.batch_tokens, options.seed, __version__)
-    return _built_once(options.out / f"{scheme}-{_key(settings, files, corpus.digest)}", build)
+    run = RunFolder(options.out / f"{scheme}-{_key(settings, files, corpus.digest)}")
+    if not run.model.exists():
+        recipe = Recipe.parse(
+            {
+                "model": {"path": str(base), "dtype": "float32"},
+                "scheme": scheme if scheme == UNPATCHED else {"name": scheme, "factor": options.factor},
+                "data": {
+                    "sources": str(options.out / TRAIN),
+                    "length": length,
+                    "packing": "blocks",
+                    "seed": options.seed,
+                },
+                "training": {
+                    "output_dir": str(run.path),
+                    "max_steps": options.finetune_steps,
+                    "per_device_train_batch_size": max(1, options.batch_tokens // length),
+                    # Steps must shrink with width: this is 8e-4 for the small model and 2e-5 at width 4,096.
+                    "learning_rate": 0.1 / _width(base),
+                    "warmup_steps": max(1, options.finetune_steps // 30),
+                    "adam_beta2": 0.95,
+                    "weight_decay": 0.1,
+                    "save_strategy": "no",
+                    "report_to": "none",
+                },
+            }
+        )
+        train_by_recipe(recipe)
+    return run.model
+
+
+def _width(folder: Path) -> int:
+    return AutoConfig.from_pretrained(folder).get_text_config().hidden_size
 
 
 def _built_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -28,7 +28,16 @@ from hfpos.demo.measure import (
     measure_recall,
     measure_schemes,
 )
-from hfpos.demo.models import Corpus, base_model, finetuned_model, load, read_corpus, recall_model
+from hfpos.demo.models import (
+    HELD_OUT,
+    Corpus,
+    base_model,
+    finetuned_model,
+    load,
+    read_corpus,
+    recall_model,
+    write_corpus,
+)
 from hfpos.demo.options import DemoOptions
 from hfpos.describe import describe
 from hfpos.evaluate import RetrievalResult
@@ -36,9 +45,6 @@ from hfpos.evaluate.load import without_loading_bars
 from hfpos.report.plots import plot_perplexity, require_matplotlib
 from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError
-
-
-HELD_OUT = "held-out.jsonl"
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
@@ -56,8 +62,9 @@ def run(options: DemoOptions) -> dict[str, Any]:
     with _timed(seconds, "total"), without_loading_bars():
         corpus = read_corpus(options)
         console.print(f"Text: {len(corpus.train)} documents to train on, {len(corpus.held_out)} others to measure on.")
+        write_corpus(corpus, options.out)
         with _timed(seconds, "base model"):
-            folder = options.model or base_model(options, corpus)
+            folder = options.model or _named(options, base_model(options, corpus))
         model, tokenizer = load(folder)
         trained = describe(model).trained_length
         if trained is None:
@@ -112,13 +119,19 @@ def run(options: DemoOptions) -> dict[str, Any]:
         title=f"One model, trained at {trained} tokens, used up to {lengths[-1]}",
         emphasised=tuned(best),
     )
-    rows = ({"name": document.name, "text": document.text} for document in corpus.held_out)
-    (options.out / HELD_OUT).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     text = json.dumps(results, indent=2, default=str)
     (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
     console.print(f"\n{seconds['total']:.0f} s in all. What to read next:")
     _print_lines(console, _next_steps(options, folder, tuned_folders.get(best, folder), lengths))
     return json.loads(text)
+
+
+def _named(options: DemoOptions, folder: Path) -> Path:
+    """The folder under a name that does not change, `base`, where `recipes/tiny/demo.yaml` looks for it."""
+    link = options.out / "base"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    return link
 
 
 def _recall(
@@ -145,6 +158,7 @@ def _next_steps(options: DemoOptions, base: Path, tuned_folder: Path, lengths: l
         f"`hfpos compare {base} --schemes none,linear,ntk,yarn,self_extend --factor {options.factor:g} --lengths "
         f"{','.join(map(str, lengths))} --data {out / HELD_OUT} --blocks`: the schemes side by side as a page to read, with standard "
         "errors, the loss by position, and what each scheme costs",
+        "`hfpos train recipes/tiny/demo.yaml`: fine-tuning by a recipe of your own",
         f"`hfpos describe {tuned_folder}`: what that model's positions are now",
         "`hfpos demo --model FOLDER --text FILE`: the same with a model and a text of your own",
         "`hfpos schemes`, and the catalogue in README.md: every scheme, its paper, and where it works",

@@ -70,7 +70,9 @@ def _join_deepspeed_on_cpus() -> None:
         return
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a faster way among CPUs that would be compiled now
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # a faster way among CPUs that would be compiled now
+    )
     deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 

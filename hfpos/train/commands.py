@@ -1,4 +1,4 @@
-"""The command `hfpos train`."""
+"""The commands `hfpos train` and `hfpos plan`."""
 
 # What is slow to import is imported where it is used, so that `hfpos --help` answers at once.
 from __future__ import annotations
@@ -16,6 +16,7 @@ Changes = Annotated[list[str] | None, typer.Argument(help="Changes of it: key=va
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this file to the `hfpos` command."""
     app.command()(train)
+    app.command()(plan)
 
 
 def train(recipe: Recipe, changes: Changes = None) -> None:
@@ -33,4 +34,24 @@ def train(recipe: Recipe, changes: Changes = None) -> None:
             f"short context got worse by {100 * results['after']['regression']:.1f} %, more than evaluation.max_regression",
             err=True,
         )
+        raise typer.Exit(1)
+
+
+def plan(
+    recipe: Recipe,
+    changes: Changes = None,
+    config: Annotated[Path | None, typer.Option(help="Config of accelerate that the run is launched with.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Instead of that config's number.", min=1)] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(help="GiB of one device; exits with 1 where the recipe does not fit.")
+    ] = None,
+) -> None:
+    """Estimate the tokens and the memory of a recipe, without loading weights, and say what to change where it does not fit."""
+    from hfpos.train.planning import plan as estimated
+    from hfpos.train.recipe import Recipe as Parsed
+
+    available = None if device_memory is None else device_memory * 2**30
+    found = estimated(Parsed.load(recipe, changes or []), config, processes, available)
+    typer.echo(found)
+    if not found.fits:
         raise typer.Exit(1)

@@ -94,8 +94,10 @@ def holdings(
         count, trained = parameter.numel(), parameter.requires_grad
         packed = id(parameter) in quantised and not trained
         own = parameter.dtype
-        if own.is_floating_point and not (adapters and trained):
-            own = torch.float32 if weight_bits is not None and not packed else dtype or own
+        if packed:  # what comes out of such a layer is what goes in: 16 bits only under mixed precision
+            own = mixed or torch.float32
+        elif own.is_floating_point and not (adapters and trained):
+            own = torch.float32 if weight_bits is not None else dtype or own
         used = compute if compute is not None and own.is_floating_point else own
         whole = round(count * QUANTISED[weight_bits]) if packed and weight_bits else count * used.itemsize
         kept = whole if packed else count * own.itemsize

@@ -33,8 +33,8 @@ def meta_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for tensor in _tensors(module):
-            if id(tensor) not in memo:
+        for tensor in (value for names in _places(module) for value in names.values()):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
                 twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 kept = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(twin, requires_grad=tensor.requires_grad) if kept else twin
@@ -56,7 +56,7 @@ def make_hollow(model: nn.Module, dtypes: dict[nn.Parameter, torch.dtype]) -> di
         content = torch.empty(parameter.shape, dtype=dtype, device="cpu")
         memo[id(parameter)] = new[parameter] = nn.Parameter(content, requires_grad=parameter.requires_grad)
     for module in model.modules():
-        for names in (module._parameters, module._buffers, module.__dict__):
+        for names in _places(module):
             for name, tensor in list(names.items()):
                 if isinstance(tensor, torch.Tensor):
                     if id(tensor) not in memo:
@@ -86,6 +86,6 @@ def hollow(length: int, device: str) -> Iterator[None]:
         yield
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    places = (module._parameters, module._buffers, module.__dict__)
-    return [value for names in places for value in names.values() if isinstance(value, torch.Tensor)]
+def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module may have tensors of its own."""
+    return module._parameters, module._buffers, module.__dict__

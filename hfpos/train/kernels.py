@@ -28,7 +28,7 @@ class PlayedKernels(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is torch._grouped_mm and args[0].dtype != torch.bfloat16:  # which only real tensors may be
             return torch.ops.transformers.grouped_mm_fallback(*args, kwargs["offs"])
-        if func is getattr(F, "linear_cross_entropy", None):
+        if func.__name__ == "linear_cross_entropy":
             # one call: the logits of a chunk, which it holds inside, are held here for it
             rows = min(kwargs["options"].batch_chunk_size, len(args[0]))
             logits = args[0].new_empty(rows, len(args[1]))

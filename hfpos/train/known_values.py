@@ -32,6 +32,8 @@ class KnownValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return func(*args, **kwargs)
         known = self._is_known(func, args, kwargs)
         try:
             result = func(*args, **kwargs)

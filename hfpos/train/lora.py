@@ -45,7 +45,7 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, whole or not
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         modules_to_save=saved or None,
@@ -56,7 +56,7 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def attention_projections(model: nn.Module) -> list[str]:

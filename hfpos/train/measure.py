@@ -71,14 +71,12 @@ class Measure:
         """Everything at once, by name: `perplexity_at_4096`, `passkey_at_4096`, `regression`, `score`."""
         found = self.perplexities(model)
         metrics = {f"perplexity_at_{length}": value for length, value in found.items()}
+        lengths, trials = self.section.lengths, self.section.trials
         for test in self.section.retrieval:
-            trials = {"trials": self.section.trials}
-            lengths = self.section.lengths
-            result = (
-                passkey(model, self.tokenizer, lengths, **trials)
-                if test == "passkey"
-                else key_value(model, lengths, **trials)
-            )
+            if test == "passkey":
+                result = passkey(model, self.tokenizer, lengths, trials=trials)
+            else:
+                result = key_value(model, lengths, trials=trials)
             metrics |= {f"{test}_at_{length}": result.accuracy_at(length) for length in lengths}
         regression = self.regression(found)
         if regression is not None:

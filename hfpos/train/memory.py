@@ -19,6 +19,7 @@ from hfpos.train.rehearsal import ACTIVATIONS, GRADIENTS, LOSS, WEIGHTS, Rehears
 
 
 MIXED = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZER = "optimizer"
 CUDA_OVERHEAD = 2**30  # context, libraries' workspaces, communication buffers
 
 
@@ -94,6 +95,7 @@ def estimate(
     layout: Layout | None = None,
     weight_bits: int | None = None,
     optimizer_offload: bool = False,
+    packed: bool = False,
     evaluation_length: int | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> Memory:
@@ -101,8 +103,7 @@ def estimate(
 
     The model's own forward, loss and backward run once on tensors that have shapes and dtypes but no content, and the bytes alive are
     counted: no formula of any family, and a 7B model at 65,536 tokens takes seconds. What kernels use inside, the CUDA context and
-    fragmentation are not counted; `Memory.overhead` is an allowance for the first two. Rows are full: packed documents that need a dense
-    attention mask take `length * length` bytes more.
+    fragmentation are not counted; `Memory.overhead` is an allowance for the context. Rows are full, without padding.
 
     Args:
         model: on meta or not, patched and with LoRA or not; `requires_grad` says what is trained. It is not changed.
@@ -117,6 +118,7 @@ def estimate(
         layout: of a step over processes; one process unless given.
         weight_bits: 4 or 8 where bitsandbytes quantises the frozen linear layers (QLoRA).
         optimizer_offload: optimizer states and its step are in main memory.
+        packed: rows hold several documents, told apart by `position_ids`, for which sdpa and eager attention take dense masks.
         evaluation_length: tokens of the longest row that is evaluated in between, with a cache.
         device: whose kernels are played, "cuda" or "cpu".
 
@@ -137,9 +139,6 @@ def estimate(
     steps = OptimizerMemory(0) if optimizer_offload else known
     mixed = MIXED[mixed_precision]
     held = holdings(model, dtype=dtype, weight_bits=weight_bits, mixed=mixed, optimizer=steps, layout=layout)
-    gradients = [each.gradient for each in held.values() if each.gradient]
-    if not gradients:
-        raise PatchError(f"no parameter of {type(model).__name__} requires a gradient; expected at least one to train")
     rehearsal = Rehearsal(model, held, mixed, layout.shards == "none", device)
     peak = rehearsal.training(
         batch_size,
@@ -147,43 +146,42 @@ def estimate(
         checkpointing=checkpointing,
         chunked_loss=chunked_loss,
         accumulates=gradient_accumulation_steps > 1,
+        packed=packed,
     )
-    states = Counter(optimizer=sum(each.state for each in held.values()))
-    buckets = Counter(gradients=sum(gradients) if layout.shards == "none" and layout.processes > 1 else 0)  # DDP's
-    within = _sum(peak, states, buckets, _beside(model, held, layout))
-    own = Counter(weights=_weights(model, held), gradients=sum(gradients), optimizer=steps.passing(gradients, device))
-    step = _sum(own, states, buckets)
-    in_step = step.total() > within.total()
+    lasting, beside = _lasting(held, layout), _beside(model, held, layout)
+    within, step = _sum(peak, lasting, beside), _sum(_in_step(model, held, steps, device), lasting)
+    highest, moment = (step, "optimizer step") if step.total() > within.total() else (within, "forward and backward")
     evaluation, cache = Counter[str](), 0
     if evaluation_length is not None:
         _check_length(model, evaluation_length, "evaluation_length")
         evaluation, cache = rehearsal.evaluation(evaluation_length)
-        evaluation = _sum(evaluation, states, buckets, _beside(model, held, layout))
-        evaluation[GRADIENTS] = buckets[GRADIENTS]
-    parts = step if in_step else within
+        evaluation = _sum(evaluation, lasting, Counter(weights=beside[WEIGHTS], activations=beside[ACTIVATIONS]))
     return Memory(
-        **{name: parts[name] for name in (WEIGHTS, GRADIENTS, "optimizer", ACTIVATIONS, LOSS)},
-        moment="optimizer step" if in_step else "forward and backward",
+        **{name: highest[name] for name in (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS)},
+        moment=moment,
         evaluation=evaluation.total(),
         kv_cache=cache,
         overhead=CUDA_OVERHEAD if device == "cuda" else 0,
     )
 
 
-def _weights(model: nn.Module, held: dict[nn.Parameter, Held]) -> int:
-    return sum(each.weight for each in held.values()) + sum(each.nbytes for each in model.buffers())
+def _lasting(held: dict[nn.Parameter, Held], layout: Layout) -> Counter[str]:
+    """What is there all the time: optimizer states, and the buckets that DDP copies gradients to."""
+    buckets = sum(each.gradient for each in held.values()) if layout.shards == "none" and layout.processes > 1 else 0
+    return Counter(optimizer=sum(each.state for each in held.values()), gradients=buckets)
 
 
 def _beside(model: nn.Module, held: dict[nn.Parameter, Held], layout: Layout) -> Counter[str]:
-    """What an engine holds through forward and backward beside what the model's own step does."""
-    beside = Counter(
-        {ACTIVATIONS: max(each.unpacked for each in held.values())}
-    )  # one layer's quantised weight at a time
-    if layout.shards == "all":
-        beside[WEIGHTS], beside[GRADIENTS] = gathered(model, held)
-    elif layout.shards == "none" and layout.processes > 1:
-        beside[GRADIENTS] = sum(each.gradient for each in held.values())  # DDP's buckets
-    return beside
+    """What a forward and its backward hold where weights are quantised (one unpacked at a time) or in shards."""
+    weights, gradients = gathered(model, held) if layout.shards == "all" else (0, 0)
+    return Counter(weights=weights, gradients=gradients, activations=max(each.unpacked for each in held.values()))
+
+
+def _in_step(model: nn.Module, held: dict[nn.Parameter, Held], steps: OptimizerMemory, device: str) -> Counter[str]:
+    """What is there while the optimizer steps, beside what lasts."""
+    weights = sum(each.weight for each in held.values()) + sum(each.nbytes for each in model.buffers())
+    gradients = [each.gradient for each in held.values()]
+    return Counter(weights=weights, gradients=sum(gradients), optimizer=steps.passing(gradients, device))
 
 
 def _sum(*parts: dict[str, int]) -> Counter[str]:
@@ -205,6 +203,8 @@ def _check(
         raise PatchError(f"weight_bits={weight_bits}; expected 4 or 8, or None for weights that are not quantised")
     if device not in ("cuda", "cpu"):
         raise PatchError(f"device={device!r}; expected cuda or cpu")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PatchError(f"no parameter of {type(model).__name__} requires a gradient; expected at least one to train")
     _check_length(model, length, "length")
 
 

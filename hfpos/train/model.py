@@ -32,7 +32,8 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     section = recipe.model
     if section.config is not None:
         tokenizer = _tokenizer(recipe)
-        return _new_model(section, tokenizer), tokenizer
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        return new_model(section, {"vocab_size": len(tokenizer)} | special), tokenizer
     options: dict[str, Any] = {"dtype": section.dtype}
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
@@ -49,7 +50,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def prepare(recipe: Recipe, model: Any, tokenizer: Any) -> nn.Module:
+def put_together(recipe: Recipe, model: Any, tokenizer: Any) -> nn.Module:
     """Patch the loaded model and put on it what else the recipe asks for.
 
     Raises:
@@ -98,26 +99,28 @@ def _tokenizer(recipe: Recipe) -> Any:
     return train_tokenizer(texts, wanted)
 
 
-def _new_model(section: Model, tokenizer: Any) -> Any:
+def new_model(section: Model, from_tokenizer: dict[str, Any]) -> Any:
+    """A model with random weights; what its config does not say is as `from_tokenizer` says.
+
+    Raises:
+        PatchError: the config makes no causal language model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = dict(section.config or {})
+    values = from_tokenizer | (section.config or {})
     kind = values.pop("model_type")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
+    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    state = torch.random.get_rng_state()
+    torch.manual_seed(section.seed)
     try:
-        config = AutoConfig.for_model(kind, **({"vocab_size": len(tokenizer)} | special | values))
-        dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
-        options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
-        generator = torch.random.get_rng_state()
-        torch.manual_seed(section.seed)
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        finally:
-            torch.random.set_rng_state(generator)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=dtype, **options)
     except Exception as error:
         raise PatchError(
             f"model.config does not make a causal language model ({type(error).__name__}: {error})"
         ) from error
+    finally:
+        torch.random.set_rng_state(state)
 
 
 def _quantization(section: Model) -> Any:

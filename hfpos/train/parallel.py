@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.utils import DistributedType
 
 from hfpos.patching import causal_model, language_model, record_of
 from hfpos.scheme import PatchError
+from hfpos.train.holdings import Layout
 
 
 if TYPE_CHECKING:
@@ -64,6 +65,15 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def layout_of(accelerator: Accelerator) -> Layout:
+    """How a step is laid out over the processes."""
+    shards: Literal["none", "gradients", "all"] = "all" if is_sharded(accelerator) else "none"
+    if shards == "none" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        shards = "gradients" if accelerator.state.deepspeed_plugin.zero_stage else "none"
+    sequence = processes_of_a_sequence(accelerator)
+    return Layout(accelerator.num_processes, accelerator.num_processes // sequence, sequence, shards)
 
 
 def processes_of_a_sequence(accelerator: Accelerator) -> int:

@@ -19,7 +19,7 @@ from hfpos.patching import causal_model
 from hfpos.scheme import PatchError
 from hfpos.train.head import chunk_the_loss
 from hfpos.train.holdings import Held
-from hfpos.train.hollow import hollow, make_hollow, meta_copy
+from hfpos.train.hollow import FUSED, hollow, make_hollow, meta_copy
 from hfpos.train.live_bytes import LiveBytes
 from hfpos.train.loss import rows_at_once
 
@@ -46,7 +46,14 @@ class Rehearsal:
     device: str
 
     def training(
-        self, batch_size: int, tokens: int, *, checkpointing: bool, chunked_loss: bool, accumulates: bool
+        self,
+        batch_size: int,
+        tokens: int,
+        *,
+        checkpointing: bool,
+        chunked_loss: bool,
+        accumulates: bool,
+        packed: bool,
     ) -> Counter[str]:
         """Bytes by kind where forward, loss and backward of one micro-batch hold most.
 
@@ -55,6 +62,7 @@ class Rehearsal:
             checkpointing: layers are recomputed in the backward.
             chunked_loss: no logits of the whole row, where the model's loss allows it.
             accumulates: gradients of earlier micro-batches are there.
+            packed: positions begin again within a row.
         """
         with self._twin(tokens, chunked_loss) as (model, held, live):
             _keep_gradients(held, live, accumulates)
@@ -64,8 +72,10 @@ class Rehearsal:
             run = model if self.mixed is None else convert_outputs_to_fp32(model.__call__)
             with live:
                 ids = torch.zeros(batch_size, tokens, dtype=torch.long)
+                positions = torch.arange(tokens) % -(-tokens // 2)
+                told = {"position_ids": positions.expand_as(ids)} if packed and not self._fused() else {}
                 with self._cast(), _marks_loss(model, live):
-                    loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+                    loss = run(input_ids=ids, labels=ids, use_cache=False, **told).loss
                 loss.backward()
             return live.peak
 
@@ -89,8 +99,12 @@ class Rehearsal:
                     input_ids=ids if cache is None else ids[:, -piece:], past_key_values=cache, use_cache=True, **few
                 )
                 cache = output.get("past_key_values")
-                del output
+                del output, ids
                 return live.peak, 0 if cache is None else live.live[ACTIVATIONS]
+
+    def _fused(self) -> bool:
+        """Whether attention needs no mask for packed documents."""
+        return causal_model(self.model).config._attn_implementation in FUSED
 
     def _cast(self) -> torch.autocast:
         return torch.autocast("cpu", self.mixed, enabled=self.mixed is not None and self.autocast)
@@ -138,7 +152,9 @@ def _keep_gradients(held: dict[nn.Parameter, Held], live: LiveBytes, accumulates
 
 def _checkpoint(model: Any, checkpointing: bool) -> None:
     # newer Transformers call it activation_..., and warn about the other name
-    now, before = (f"{kind}_checkpointing_{'enable' if checkpointing else 'disable'}" for kind in ("activation", "gradient"))
+    now, before = (
+        f"{kind}_checkpointing_{'enable' if checkpointing else 'disable'}" for kind in ("activation", "gradient")
+    )
     getattr(model, now if hasattr(model, now) else before)()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,11 @@ from hfpos.train.callbacks import NewPositions, Report
 from hfpos.train.folder import RunFolder
 from hfpos.train.head import chunk_the_loss
 from hfpos.train.measure import Measure
-from hfpos.train.model import load, prepare
+from hfpos.train.memory import estimate, size
+from hfpos.train.model import load, put_together
 from hfpos.train.numbers import Numbers, numbers
-from hfpos.train.parallel import processes_of_a_sequence, set_up
+from hfpos.train.parallel import layout_of, processes_of_a_sequence, set_up
+from hfpos.train.planning import memory_settings
 from hfpos.train.recipe import Recipe
 from hfpos.train.trainer import LongContextTrainer
 
@@ -59,9 +62,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
         _baseline(recipe, arguments, measure, model, results)
         # with a checkpoint at hand this was measured before it was written
         arguments.eval_on_start = checkpoint is None
-    model = prepare(recipe, model, tokenizer)
-    loss = chunk_the_loss(model)
-    data = _data(recipe, tokenizer)
+    model = put_together(recipe, model, tokenizer)
+    data, collator = _data(recipe, tokenizer), _collator(recipe)
     report = Report(console, measure, results)
     callbacks: list[Any] = [report]
     if recipe.data.positions is not None:
@@ -74,15 +76,17 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
             model=model,
             args=arguments,
             train_dataset=data,
-            data_collator=_collator(recipe),
+            data_collator=collator,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
     engine = set_up(recipe, model, trainer.accelerator)
     sequence = processes_of_a_sequence(trainer.accelerator)
-    trainer.data_collator.counted = sequence > 1
+    collator.counted = sequence > 1
     figures = numbers(arguments, recipe.data.length, len(data), trainer.accelerator.num_processes, sequence)
-    results |= {**provenance(), "engine": engine, "data": data.summary(), "loss": loss.reason}
+    memory = _memory_estimate(recipe, model, trainer.accelerator) if is_main() else None
+    loss = chunk_the_loss(model)
+    results |= {**provenance(), "engine": engine, "data": data.summary(), "loss": loss.reason, "memory": memory}
     results["numbers"] = {
         name: getattr(figures, name) for name in ("micro_batch_tokens", "step_tokens", "steps", "total_tokens")
     }
@@ -163,6 +167,20 @@ def _collator(recipe: Recipe) -> Collator:
     return RandomPositionCollator(positions.target_length, seed=positions.seed)
 
 
+def _memory_estimate(recipe: Recipe, model: Any, accelerator: Any) -> dict[str, Any] | str:
+    """What `hfpos plan` says of this run, or why it cannot say anything."""
+    try:
+        settings = memory_settings(recipe) | {"layout": layout_of(accelerator), "device": accelerator.device.type}
+        if settings["mixed_precision"] == "no":
+            settings["mixed_precision"] = accelerator.mixed_precision
+        memory = estimate(model, **settings)
+    except (
+        Exception
+    ) as error:  # of a model that cannot be gone through without content: training does not depend on it
+        return f"not estimated ({' '.join(str(error).split())})"
+    return {"needed": memory.needed, **dataclasses.asdict(memory)}
+
+
 def _announce(
     console: Console,
     recipe: Recipe,
@@ -181,11 +199,15 @@ def _announce(
     console.print(f"engine: {results['engine']}; loss: {results['loss']}")
     for line in figures.lines():
         console.print(line)
+    memory = results["memory"]
+    console.print(
+        f"memory of a process: {size(memory['needed']) + ' estimated' if isinstance(memory, dict) else memory}"
+    )
     if checkpoint is not None:
         console.print(f"going on from {checkpoint}")
 
 
-def _final(trainer: LongContextTrainer, measure: Measure, report: Report) -> dict[str, float]:
+def _final(trainer: Any, measure: Measure, report: Report) -> dict[str, float]:
     """The metrics of the model that is about to be saved."""
     state, evaluations = trainer.state, report.results["evaluations"]
     if evaluations and evaluations[-1]["step"] == state.global_step and not trainer.args.load_best_model_at_end:

@@ -112,7 +112,7 @@ class Lora(Section):
     """
 
     r: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
+    alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
     train: tuple[str, ...] = ()

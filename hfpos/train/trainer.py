@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,11 +28,13 @@ class LongContextTrainer(Trainer):
 
     def __init__(self, *, measure: Measure | None, **options: Any) -> None:
         # Trainer asks only whether there is something to evaluate on
-        super().__init__(eval_dataset=None if measure is None else measure.documents.documents, **options)  # type: ignore[arg-type]
+        super().__init__(eval_dataset=None if measure is None else measure.documents.documents, **options)
         self.measure = measure
         parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
         self.shares_rows = parallelism is not None and parallelism.sp_enabled
-        if self.shares_rows:  # Trainer takes a mean over each forward here; this one counts the tokens of the whole step
+        if (
+            self.shares_rows
+        ):  # Trainer takes a mean over each forward here; this one counts the tokens of the whole step
             self.model_accepts_loss_kwargs = True
 
     def evaluate(
@@ -43,7 +45,7 @@ class LongContextTrainer(Trainer):
             raise PatchError(
                 "this trainer evaluates what the recipe's evaluation: says, nothing else; use hfpos.evaluate for the rest"
             )
-        found = self.measure.metrics(self.model)
+        found = self.measure.metrics(cast(nn.Module, self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -102,7 +104,7 @@ class LongContextTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            folder = Path(self.args.output_dir)
+            folder = Path(str(self.args.output_dir))
             shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
             raise PatchError(
                 f"the checkpoint of step {self.state.global_step} could not be written to {folder} ({type(error).__name__}: {error}); "

@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfpos.train.loop import train
+from hfpos.demo.loop import train
 
 
 TRAINED, TARGET = 32, 128
