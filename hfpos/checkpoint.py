@@ -109,6 +109,7 @@ def load_skeleton(path: str | os.PathLike) -> Any:
             model = transformers.AutoModelForCausalLM.from_config(config)
         except Exception as error:
             raise PatchError(f"the config in {path} does not make a model: {_cause(error)}") from error
+    model.tie_weights()  # what made the weights empty also made two of each shared one
     return model if scheme is None else patch(model, scheme, prove=False)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from importlib.util import find_spec
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate import PartialState
@@ -32,6 +33,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     given = {_name(key, known): value for key, value in recipe.training.items()}
+    _check_kinds(recipe.training)
     checkpointing = _name("gradient_checkpointing", known)
     defaults: dict[str, Any] = {
         "dataloader_drop_last": True,  # a last batch with fewer samples would make a step of its own
@@ -55,6 +57,24 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         _shard_on_cpus_too()
         _join_deepspeed_on_cpus()
     return arguments
+
+
+def _check_kinds(given: dict[str, Any]) -> None:
+    """`TrainingArguments` takes anything; a text for a number would fail somewhere in training, one for a truth value would be true."""
+    kinds: dict[Any, tuple[tuple[type, ...], str]] = {
+        bool: ((bool,), "true or false"),
+        int: ((int,), "a whole number"),
+        float: ((int, float), "a number"),
+    }
+    hints = get_type_hints(TrainingArguments)
+    for name, value in given.items():
+        types = set(get_args(hints[name]) or (hints[name],))
+        kind = next(iter(types - {NoneType})) if len(types - {NoneType}) == 1 else None
+        if kind not in kinds or (value is None and NoneType in types):
+            continue
+        allowed, expected = kinds[kind]
+        if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+            raise PatchError(f"training.{name}={value!r}; expected {expected}")
 
 
 def _shard_on_cpus_too() -> None:

@@ -64,7 +64,16 @@ def put_together(recipe: Recipe, model: Any, tokenizer: Any) -> nn.Module:
         from hfpos.attention.shifted import shift_attention
 
         shift_attention(model, groups=recipe.model.shifted_groups)
-    return model if recipe.lora is None else add_lora(model, recipe.lora)
+    model = model if recipe.lora is None else add_lora(model, recipe.lora)
+    _check_dtype(model)
+    return model
+
+
+def _check_dtype(model: nn.Module) -> None:
+    if any(weight.requires_grad and weight.dtype == torch.float16 for weight in model.parameters()):
+        raise PatchError(
+            "the weights to train are float16, in which small updates are lost and losses overflow; set model.dtype to float32 or bfloat16"
+        )
 
 
 def check_length(recipe: Recipe, model: Any) -> None:

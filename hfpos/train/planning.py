@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from transformers import TrainingArguments
 
 from hfpos.checkpoint import load_skeleton, load_tokenizer
@@ -115,6 +114,7 @@ def memory_settings(recipe: Recipe) -> dict[str, Any]:
         "optimizer": str(training_value(recipe, "optim")),
         "mixed_precision": mixed,
         "checkpointing": bool(checkpointing),
+        "packed": recipe.data.packing == "documents" and "flash" not in (recipe.model.attn_implementation or ""),
         "weight_bits": None if recipe.model.quantization is None else int(recipe.model.quantization[0]),
         "evaluation_length": None if recipe.evaluation is None else max(recipe.evaluation.lengths),
     }
@@ -138,7 +138,7 @@ def skeleton(recipe: Recipe) -> nn.Module:
         model = load_skeleton(section.path)  # type: ignore[arg-type]
     else:
         words = section.tokenizer if isinstance(section.tokenizer, int) else len(_tokenizer(section.tokenizer))
-        with init_empty_weights():
+        with torch.device("meta"):
             model = new_model(section, {"vocab_size": words})
     return put_together(recipe, model, None)
 

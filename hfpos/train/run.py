@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hfpos.data.collators import Collator, PoseCollator, RandomPositionCollator
 from hfpos.data.training_set import Source, TrainingSet, training_set
@@ -62,6 +62,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
         _baseline(recipe, arguments, measure, model, results)
         # with a checkpoint at hand this was measured before it was written
         arguments.eval_on_start = checkpoint is None
+    set_seed(arguments.seed)  # Trainer does so later, when LoRA and what a scheme learns have drawn their first weights
     model = put_together(recipe, model, tokenizer)
     data, collator = _data(recipe, tokenizer), _collator(recipe)
     report = Report(console, measure, results)

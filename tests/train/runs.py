@@ -13,6 +13,7 @@ import pytest
 
 from hfpos.data import sources
 from hfpos.data.corpus import Document
+from hfpos.train.trainer import LongContextTrainer
 from tests.command_line import run
 
 
@@ -103,6 +104,27 @@ def library(min_characters: int = 0) -> list[Document]:
     """What stands for the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return [Document(name, (root / name).read_text(encoding="utf-8")[:12_000]) for name in FILES]
+
+
+class Stopped(BaseException):
+    """The end of a run from outside, which no handler of errors sees."""
+
+
+@contextlib.contextmanager
+def stopping(step, how=None):
+    """Let runs end in the middle of a step, counted from 1: by `Stopped`, or by what `how()` does."""
+
+    def train(trainer, *arguments, **options):
+        if trainer.state.global_step + 1 == step:
+            if how is None:
+                raise Stopped
+            how()
+        return whole(trainer, *arguments, **options)
+
+    whole = LongContextTrainer.training_step
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(LongContextTrainer, "training_step", train)
+        yield
 
 
 def results(folder: Path) -> dict[str, Any]:

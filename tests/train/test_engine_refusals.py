@@ -15,7 +15,11 @@ from tests.tiny import tiny
 def engine(kind=DistributedType.DEEPSPEED, sp=1, cp=1, zero=2, device="cpu", mixed_precision="no"):
     """What stands for an Accelerator on two processes."""
     parallelism = SimpleNamespace(
-        sp_size=sp, cp_size=cp, sp_enabled=sp > 1, cp_enabled=cp > 1, sp_handler=SimpleNamespace(sp_attn_implementation="sdpa")
+        sp_size=sp,
+        cp_size=cp,
+        sp_enabled=sp > 1,
+        cp_enabled=cp > 1,
+        sp_handler=SimpleNamespace(sp_attn_implementation="sdpa"),
     )
     state = SimpleNamespace(
         deepspeed_plugin=SimpleNamespace(zero_stage=zero), fsdp_plugin=SimpleNamespace(fsdp_version=2)
@@ -34,7 +38,7 @@ def ring(device="cpu"):
     return engine(DistributedType.FSDP, cp=2, device=device)
 
 
-def recipe(*changes, packing="joined", length=64, shifted_groups=None, evaluation=None):
+def recipe(packing="joined", length=64, shifted_groups=None, evaluation=None):
     return Recipe.parse(
         {
             "model": {"path": "m", "shifted_groups": shifted_groups},
@@ -66,7 +70,13 @@ GATE = {"data": "x", "lengths": [8], "max_regression": 0.01}
         ({}, None, {"attn_implementation": "eager"}, engine(sp=2), "without a causal mask"),
         ({}, "alibi", {"attn_implementation": "eager"}, engine(sp=2), "without a causal mask"),
         ({}, None, {"family": "mistral", "sliding_window": 16}, engine(sp=2), "lose their window under Ulysses"),
-        ({}, None, {"family": "gemma2"}, engine(sp=2), "sliding_attention lose their window"),
+        (
+            {},
+            None,
+            {"family": "gemma3_text"},
+            engine(sp=2),
+            "sliding_attention lose their window",
+        ),
         ({}, None, {}, engine(sp=3), "shares 4 heads among 3 processes"),
         ({"length": 65}, None, {}, engine(sp=2), "data.length=65 cannot be divided by 2"),
         ({"shifted_groups": 2}, None, {}, engine(sp=2), "shifted"),
