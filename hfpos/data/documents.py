@@ -82,11 +82,11 @@ def load_documents(
     length does not tokenise again.
 
     Args:
-        source: a text file, .jsonl or .jsonl.gz, or a folder of these; "stdlib" for Python's standard library; a `datasets`
-            object, one of its columns, or a name that `datasets.load_dataset` takes; or a list of strings.
+        source: a text file, .jsonl, .jsonl.gz or .parquet, or a folder of these; "stdlib" for Python's standard library; a `datasets`
+            object, one of its columns, or a name that `datasets.load_dataset` takes, its configuration behind a colon; or a list of strings.
         tokenizer: the model's.
         text_column: the field that holds the text, where `source` has rows.
-        split: of a dataset that has several.
+        split: of a dataset that has several; of "stdlib" `train` or `held_out`, which share no file.
         min_tokens: shorter documents are left out, and listed as skipped.
         max_tokens: only the first so many tokens of each document are kept.
         block_tokens: cut each document into pieces of exactly so many tokens; a shorter rest is dropped.

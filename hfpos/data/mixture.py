@@ -19,7 +19,7 @@ class Source:
 
     Attributes:
         path: a file of text, JSON lines (.jsonl, .jsonl.gz) or parquet, or a folder of these; a name that
-            `datasets.load_dataset` takes; "stdlib" for Python's standard library; a `datasets` object; a list of strings.
+            `datasets.load_dataset` takes, its configuration behind a colon; "stdlib" for Python's standard library; a `datasets` object; a list of strings.
         weight: share of the samples, relative to the other weighted sources. They have together as many samples as their texts
             give: a source is repeated, or a random part of it is seen. None: as many samples as the text gives.
         split: of a dataset that has several; a folder with `split` is read by `datasets.load_dataset`.

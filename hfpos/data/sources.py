@@ -100,7 +100,9 @@ def describe_source(source: Any) -> str:
     return f"{type(source).__name__}{size}"
 
 
-def _load_dataset(name: str, split: str | None, streaming: bool) -> Any:
+def _load_dataset(source: str, split: str | None, streaming: bool) -> Any:
+    """By its name or folder, with the configuration behind a colon: `Salesforce/wikitext:wikitext-103-raw-v1`."""
+    name, _, config = source.partition(":")
     is_folder = Path(name).is_dir()
     if not is_folder and (name.endswith(TEXT_SUFFIXES) or name.startswith((".", "/"))):
         raise PatchError(f"no text at {name}; expected a file or a folder: check the path")
@@ -111,15 +113,15 @@ def _load_dataset(name: str, split: str | None, streaming: bool) -> Any:
         raise PatchError(f'{name!r}: {need} the package datasets is needed: pip install "hfpos[data]"') from error
     options = {"streaming": True} if streaming else {}
     try:
-        found = datasets.load_dataset(name, split=split, **options)
+        found = datasets.load_dataset(name, config or None, split=split, **options)
         first = next(iter(found.values())) if isinstance(found, Mapping) else found
         if is_folder and first.info.builder_name == "text":  # which would take every line for a document
-            return datasets.load_dataset(name, split=split, sample_by="document", **options)
+            return datasets.load_dataset(name, config or None, split=split, sample_by="document", **options)
         return found
     except Exception as error:
         tried = "no folder" if is_folder else "no file or folder, and no dataset"
         raise PatchError(
-            f"{name!r} is {tried} that datasets can load with split={split!r} "
+            f"{source!r} is {tried} that datasets can load with split={split!r} "
             f"({one_line(error)}); check the spelling{'' if is_folder else ' and the network'}"
         ) from error
 

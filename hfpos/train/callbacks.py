@@ -41,7 +41,10 @@ class Report(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Print one evaluation."""
-        found = {name.partition("_")[2]: value for name, value in (metrics or {}).items()}
+        # Trainer has put the epoch among them
+        found = {
+            name.removeprefix("eval_"): value for name, value in (metrics or {}).items() if name.startswith("eval_")
+        }
         self.results["evaluations"].append({"step": state.global_step, **found})
         self.show(f"step {state.global_step}", found)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from hfpos.learned_weights import LEARNED
 from hfpos.patching import causal_model
 from hfpos.scheme import PatchError
 
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hfpos.train.sections import Lora
 
 
@@ -71,11 +72,7 @@ def attention_projections(model: nn.Module) -> list[str]:
         if "attention" not in type(module).__name__.lower():
             continue
         own = name.rpartition(".")[2]
-        linear = [
-            child
-            for child, layer in module.named_children()
-            if type(layer).__name__ in ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-        ]
+        linear = [child for child, layer in module.named_children() if isinstance(layer, (nn.Linear, Conv1D))]
         found |= {f"{own}.{child}" for child in linear}
     if not found:
         raise PatchError(
@@ -89,8 +86,13 @@ def _saved(model: Any, train: tuple[str, ...]) -> list[str]:
     names: set[str] = set()
     for word in train:
         if word == "embeddings":
-            inputs = model.get_input_embeddings()
-            names.add(next(name for name, module in model.named_modules() if module is inputs).rpartition(".")[2])
+            # a tied head too: PEFT, told to keep them tied, knows both by the name of lm_head and saves them once
+            kept = [model.get_input_embeddings(), *([model.get_output_embeddings()] if _tied(model) else [])]
+            names |= {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if any(module is each for each in kept)
+            }
         elif word == "norms":
             names |= {
                 name.rpartition(".")[2]

@@ -14,6 +14,7 @@ from hfpos.describe import describe
 from hfpos.evaluate.load import require_tokenizer, without_loading_bars
 from hfpos.scheme import PatchError, RopeScaling
 from hfpos.train.lora import add_lora
+from hfpos.train.packing_probe import check_packing
 
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def put_together(recipe: Recipe, model: Any, tokenizer: Any) -> nn.Module:
     if scheme is not None:
         hfpos.patch(model, scheme, tokenizer=tokenizer)
     check_length(recipe, model)
+    if recipe.data.packing == "documents":
+        check_packing(model)
     if recipe.model.shifted_groups is not None:
         from hfpos.attention.shifted import shift_attention
 

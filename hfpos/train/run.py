@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from hfpos.data.collators import Collator, PoseCollator, RandomPositionCollator
 from hfpos.data.training_set import Source, TrainingSet, training_set
 from hfpos.evaluate.processes import device, gather, is_main, launched
+from hfpos.patching import can_run
 from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError
 from hfpos.train.arguments import training_arguments, wants_fsdp
@@ -62,7 +63,9 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
         _baseline(recipe, arguments, measure, model, results)
         # with a checkpoint at hand this was measured before it was written
         arguments.eval_on_start = checkpoint is None
-    set_seed(arguments.seed)  # Trainer does so later, when LoRA and what a scheme learns have drawn their first weights
+    set_seed(
+        arguments.seed
+    )  # Trainer does so later, when LoRA and what a scheme learns have drawn their first weights
     model = put_together(recipe, model, tokenizer)
     data, collator = _data(recipe, tokenizer), _collator(recipe)
     report = Report(console, measure, results)
@@ -87,6 +90,10 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
     figures = numbers(arguments, recipe.data.length, len(data), trainer.accelerator.num_processes, sequence)
     memory = _memory_estimate(recipe, model, trainer.accelerator) if is_main() else None
     loss = chunk_the_loss(model)
+    if sequence > 1 and not loss.chunked:
+        raise PatchError(
+            f"processes that share a row count its tokens through the chunked loss, which this model does without: {loss.reason}"
+        )
     results |= {**provenance(), "engine": engine, "data": data.summary(), "loss": loss.reason, "memory": memory}
     results["numbers"] = {
         name: getattr(figures, name) for name in ("micro_batch_tokens", "step_tokens", "steps", "total_tokens")
@@ -170,6 +177,8 @@ def _collator(recipe: Recipe) -> Collator:
 
 def _memory_estimate(recipe: Recipe, model: Any, accelerator: Any) -> dict[str, Any] | str:
     """What `hfpos plan` says of this run, or why it cannot say anything."""
+    if not can_run(model):
+        return "not estimated, as its weights lie in shards already; `hfpos plan` does it without them"
     try:
         settings = memory_settings(recipe) | {"layout": layout_of(accelerator), "device": accelerator.device.type}
         if settings["mixed_precision"] == "no":

@@ -275,3 +275,14 @@ def test_the_standard_library_in_two_parts():
     assert names["held_out"]
     with pytest.raises(PatchError, match="expected train or held_out"):
         next(read_source("stdlib", "text", "test"))
+
+
+def test_the_configuration_of_a_dataset_stands_behind_a_colon(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the {name} text"}) + "\n", encoding="utf-8")
+    header = "---\nconfigs:\n- config_name: old\n  data_files: old.jsonl\n- config_name: new\n  data_files: new.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(header, encoding="utf-8")
+    for name in ("old", "new"):
+        assert [text for _, text in read_source(f"{tmp_path}:{name}", "text", "train")] == [f"the {name} text"]
+    with pytest.raises(PatchError, match="that datasets can load"):
+        next(read_source(f"{tmp_path}:other", "text", "train"))

@@ -174,4 +174,4 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_half_model(workshop, output, m
 
 
 def test_weights_in_float16(workshop, output):
-    refused(workshop.train("runs/bad", "model.dtype=float16"), "float16")
+    refused(workshop.train("runs/bad", "model.dtype=float16"), "weights to train are float16", "bfloat16")
