@@ -146,10 +146,10 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="`overhead`, `attention`, `bloom`, `eval` or `all`.")] = "all",
+    name: Annotated[str, typer.Argument(help="`overhead`, `attention`, `bloom`, `eval`, `train` or `all`.")] = "all",
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
 ) -> None:
-    """Measure hfpos against stock Transformers, side by side in one run; prints ratios. `attention` and `bloom` take some minutes each."""
+    """Measure hfpos against stock Transformers, side by side in one run; prints ratios. `attention`, `bloom` and `train` take some minutes each."""
     from hfpos.bench.run import run
 
     results = run(name)

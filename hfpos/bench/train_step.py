@@ -110,13 +110,15 @@ def pose(window: int = 256, batch: int = 4, rounds: int = 5, steps: int = 4, mod
         rounds: of `steps` timed steps each, in turn.
         model: makes a model for a vocabulary and a length.
     """
-    target, vocabulary = FACTOR * window, 2048
+    target = FACTOR * window
+    models = {name: _long(model(2048, window)) for name in ("plain", "pose")}
+    vocabulary = models["plain"].config.vocab_size
     collators = {"plain": Collator(), "pose": PoseCollator(target)}
     with tempfile.TemporaryDirectory() as folder:
         trainers: Trainers = {
             name: LongContextTrainer(
                 measure=None,
-                model=_long(model(vocabulary, window)),
+                model=models[name],
                 args=_arguments(folder, steps, batch),
                 train_dataset=_rows(batch * steps, window, vocabulary),
                 data_collator=collator,

@@ -48,6 +48,10 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
             f"model.path={section.path} is a PEFT adapter; expected a whole model: merge it first (merge_and_unload, save_pretrained)"
         )
     require_tokenizer(tokenizer, section.path)  # type: ignore[arg-type]
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs bitsandbytes packs its weights anew in the first evaluation, and has no backward pass for them afterwards.
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +15,17 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from hfpos.data.collators import Collator, PoseCollator, RandomPositionCollator
 from hfpos.data.training_set import Source, TrainingSet, training_set
 from hfpos.evaluate.processes import device, gather, is_main, launched
-from hfpos.patching import can_run
 from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError
+from hfpos.train.announce import announce, memory_estimate
 from hfpos.train.arguments import training_arguments, wants_fsdp
 from hfpos.train.callbacks import NewPositions, Report
 from hfpos.train.folder import RunFolder
 from hfpos.train.head import chunk_the_loss
 from hfpos.train.measure import Measure
-from hfpos.train.memory import estimate, size
 from hfpos.train.model import load, put_together
-from hfpos.train.numbers import Numbers, numbers
-from hfpos.train.parallel import layout_of, processes_of_a_sequence, set_up
-from hfpos.train.planning import memory_settings
+from hfpos.train.numbers import numbers
+from hfpos.train.parallel import processes_of_a_sequence, set_up
 from hfpos.train.recipe import Recipe
 from hfpos.train.trainer import LongContextTrainer
 
@@ -88,7 +84,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
     sequence = processes_of_a_sequence(trainer.accelerator)
     collator.counted = sequence > 1
     figures = numbers(arguments, recipe.data.length, len(data), trainer.accelerator.num_processes, sequence)
-    memory = _memory_estimate(recipe, model, trainer.accelerator) if is_main() else None
+    memory = memory_estimate(recipe, model, trainer.accelerator) if is_main() else None
     loss = chunk_the_loss(model)
     if sequence > 1 and not loss.chunked:
         raise PatchError(
@@ -101,7 +97,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
     results["baseline"] = None if measure is None else measure.baseline
     if is_main():
         folder.write_results(results)
-    _announce(console, recipe, trainer, figures, results, checkpoint)
+    announce(console, recipe, model, figures, results, checkpoint)
     with _memory(recipe):
         trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     results["train"] = trained.metrics
@@ -173,48 +169,6 @@ def _collator(recipe: Recipe) -> Collator:
     if positions.kind == "pose":
         return PoseCollator(positions.target_length, chunks=positions.chunks, seed=positions.seed)
     return RandomPositionCollator(positions.target_length, seed=positions.seed)
-
-
-def _memory_estimate(recipe: Recipe, model: Any, accelerator: Any) -> dict[str, Any] | str:
-    """What `hfpos plan` says of this run, or why it cannot say anything."""
-    if not can_run(model):
-        return "not estimated, as its weights lie in shards already; `hfpos plan` does it without them"
-    try:
-        settings = memory_settings(recipe) | {"layout": layout_of(accelerator), "device": accelerator.device.type}
-        if settings["mixed_precision"] == "no":
-            settings["mixed_precision"] = accelerator.mixed_precision
-        memory = estimate(model, **settings)
-    except (
-        Exception
-    ) as error:  # of a model that cannot be gone through without content: training does not depend on it
-        return f"not estimated ({' '.join(str(error).split())})"
-    return {"needed": memory.needed, **dataclasses.asdict(memory)}
-
-
-def _announce(
-    console: Console,
-    recipe: Recipe,
-    trainer: LongContextTrainer,
-    figures: Numbers,
-    results: dict[str, Any],
-    checkpoint: Path | None,
-) -> None:
-    """Say what is about to happen, before step 0."""
-    model: Any = trainer.model
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    console.print(
-        f"model: {recipe.model.path or recipe.model.config}, {model.num_parameters():,} parameters, {trained:,} of them trained"
-    )
-    console.print(f"scheme: {recipe.create_scheme() or 'none, its own positions'}")
-    console.print(f"engine: {results['engine']}; loss: {results['loss']}")
-    for line in figures.lines():
-        console.print(line)
-    memory = results["memory"]
-    console.print(
-        f"memory of a process: {size(memory['needed']) + ' estimated' if isinstance(memory, dict) else memory}"
-    )
-    if checkpoint is not None:
-        console.print(f"going on from {checkpoint}")
 
 
 def _final(trainer: Any, measure: Measure, report: Report) -> dict[str, float]:

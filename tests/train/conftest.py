@@ -1,5 +1,7 @@
 """One workshop for all tests of training runs: the small models they begin with are trained once."""
 
+import gc
+
 import pytest
 
 from tests.train.runs import Workshop
@@ -11,4 +13,6 @@ def workshop(tmp_path_factory):
     made = Workshop(tmp_path_factory.mktemp("workshop"))
     for name in ("base-llama", "base-gpt2", "base-bloom"):
         made.tiny(name)
-    return made
+    gc.freeze()  # Trainer collects garbage in every run, and what was imported is none
+    yield made
+    gc.unfreeze()

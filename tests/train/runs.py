@@ -93,7 +93,6 @@ class Workshop:
                 "evaluation.max_documents=2",
             ]
             words = ["model.tokenizer=300"] if base else []
-            words += ["model.config.intermediate_size=192"] if name == "base-llama" else []
             self.ended[name] = self.hfpos("train", RECIPES / "tiny" / f"{name}.yaml", *few, *words)
         ran = self.ended[name]
         assert ran.code == 0, ran.error

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hfpos
 from hfpos.train.recipe import Recipe
 from hfpos.train.run import run
-from tests.processes import leave, torchrun
+from tests.processes import leave, start, torchrun
 from tests.train.runs import RECIPES, history, results
 
 
@@ -120,29 +120,53 @@ def alone(workshop):
     return workshop.folder
 
 
-def compare(folder, engine):
-    for scheme in SCHEMES:
-        one, several = folder / f"runs/engines/one-{scheme}", folder / f"runs/engines/{engine}-{scheme}"
-        expected, found = history(one, STEPS), history(several, STEPS)
-        assert [each["step"] for each in found] == list(range(1, STEPS + 1))
-        for before, now in zip(expected, found, strict=True):
-            assert now["loss"] == pytest.approx(before["loss"], rel=1e-4)
-            assert now["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
-        weights, same = (hfpos.from_pretrained(folder / "model").state_dict() for folder in (one, several))
-        assert weights.keys() == same.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(same[name], weight, rtol=1e-4, atol=1e-5)
-        assert results(several)["numbers"] == results(one)["numbers"] | {
-            "micro_batch_tokens": 24 if engine == "ulysses" else 48
-        }
+def compare(folder, engine, scheme):
+    one, several = folder / f"runs/engines/one-{scheme}", folder / f"runs/engines/{engine}-{scheme}"
+    expected, found = history(one, STEPS), history(several, STEPS)
+    assert [each["step"] for each in found] == list(range(1, STEPS + 1))
+    for before, now in zip(expected, found, strict=True):
+        assert now["loss"] == pytest.approx(before["loss"], rel=1e-4)
+        assert now["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    weights, same = (hfpos.from_pretrained(each / "model").state_dict() for each in (one, several))
+    assert weights.keys() == same.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(same[name], weight, rtol=1e-4, atol=1e-5)
+    held = 24 if engine == "ulysses" else 48
+    assert results(several)["numbers"] == results(one)["numbers"] | {"micro_batch_tokens": held}
 
 
-def test_engines(alone, monkeypatch):
+@pytest.mark.parametrize(
+    "engines", [["ddp", "fsdp2", "ulysses"], pytest.param(["zero2", "zero3"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_every_scheme_on_every_engine(alone, monkeypatch, engines):
     monkeypatch.chdir(alone)
-    engines = ["ddp", "fsdp2", "ulysses"]
     torchrun("-m", __name__, *engines, HFPOS_CACHE=str(alone / "cache"), DS_ACCELERATOR="cpu")
     for engine in engines:
-        compare(alone, engine)
+        for scheme in SCHEMES:
+            compare(alone, engine, scheme)
+
+
+def test_the_command_that_is_documented(alone, monkeypatch):
+    monkeypatch.chdir(alone)
+    launch = [
+        "--config_file",
+        str(RECIPES / "accelerate/ddp.yaml"),
+        "--num_processes=2",
+        "--mixed_precision=no",
+        "--main_process_port=0",
+    ]
+    given = changes("launched", "kerple")
+    ran = start(
+        "accelerate.commands.launch",
+        *launch,
+        "-m",
+        "hfpos.train",
+        "engines.yaml",
+        *given,
+        HFPOS_CACHE=str(alone / "cache"),
+    )
+    assert ran.stdout.count("engine: DDP, 2 processes") == 1
+    compare(alone, "launched", "kerple")
 
 
 if __name__ == "__main__":
