@@ -18,7 +18,7 @@ from hfpos.bench.train_step import step
 # Dense bfloat16 matrix products at most, in FLOP a second, by a part of the device's name (data sheets)
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 # The sources of two large packages that are there anyway; the standard library's held-out files are in neither
-_PACKAGES = [str(Path(package.__file__).parent) for package in (torch, transformers)]
+_PACKAGES = [next(iter(package.__path__)) for package in (torch, transformers)]
 TEXT = Text(
     train=(
         f"data.sources=[{{path: stdlib, split: train}}, {', '.join(f'{{path: {path}}}' for path in _PACKAGES)}]",
@@ -123,7 +123,8 @@ def flops_a_token(config: LlamaConfig, tokens: int) -> int:
     >>> flops_a_token(config, tokens=4) == 6 * (2 * (4 * 8 * 8 + 3 * 8 * 16) + 10 * 8) + 6 * 2 * 8 * 4
     True
     """
-    width, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
-    layer = 2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size
+    sizes: Any = config  # Transformers types sizes that it fills in as optional
+    width, keys = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim
+    layer = 2 * width * width + 2 * width * keys + 3 * width * sizes.intermediate_size
     weights = config.num_hidden_layers * layer + config.vocab_size * width
     return 6 * weights + 6 * config.num_hidden_layers * width * tokens

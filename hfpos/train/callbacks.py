@@ -62,8 +62,15 @@ class Report(TrainerCallback):
 
 
 class NewPositions(TrainerCallback):
-    """Tells a collator that draws positions which epoch it is, so that each epoch has others."""
+    """Tells a collator that draws positions which epoch it is, so that each epoch has others.
+
+    Args:
+        collator: the one of the run.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first batch of the epoch is made."""
-        kwargs["train_dataloader"].collate_fn.set_epoch(int(state.epoch or 0))
+        self.collator.set_epoch(int(state.epoch or 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Write `run.json`."""
-        write_whole(self.path / RESULTS, json.dumps(results, indent=2, default=str) + "\n")
+        """Write `run.json`; numbers that are not finite become null, as JSON has none."""
+        write_whole(self.path / RESULTS, json.dumps(_finite(results), indent=2, default=str, allow_nan=False) + "\n")
 
     def _checkpoints(self) -> list[Path]:
         """The newest first."""
@@ -118,6 +119,14 @@ def _whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {str(key): _finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:

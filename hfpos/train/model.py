@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +41,11 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
         options["attn_implementation"] = section.attn_implementation
     if section.quantization is not None:
         options["quantization_config"] = _quantization(section)
+    path = str(section.path)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # an adapter notes where its base is, and is loaded from elsewhere
     with without_loading_bars():
-        model = hfpos.from_pretrained(section.path, **options)  # type: ignore[arg-type]
+        model = hfpos.from_pretrained(path, **options)
         tokenizer = load_tokenizer(section.tokenizer or section.path)  # type: ignore[arg-type]
     if hasattr(model, "peft_config"):
         raise PatchError(

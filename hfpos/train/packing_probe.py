@@ -27,6 +27,8 @@ def check_packing(model: Any) -> None:
         try:
             packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 7:].float()
             alone = model(input_ids=ids[:, 7:], use_cache=False).logits.float()
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, PatchError) as error:
             raise PatchError(
                 f"data.packing=documents gives position_ids that restart with each document, and {name} does not run with them "

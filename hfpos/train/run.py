@@ -43,7 +43,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     folder = RunFolder(str(arguments.output_dir))
     everywhere(lambda: folder.begin(recipe))
     try:
-        return _run(recipe, arguments, folder)
+        with _memory(recipe):
+            return _run(recipe, arguments, folder)
     finally:
         folder.end()
 
@@ -67,7 +68,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
     report = Report(console, measure, results)
     callbacks: list[Any] = [report]
     if recipe.data.positions is not None:
-        callbacks.append(NewPositions())
+        callbacks.append(NewPositions(collator))
     if recipe.evaluation is not None and recipe.evaluation.patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.evaluation.patience))
     with _refused():
@@ -98,8 +99,7 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
     if is_main():
         folder.write_results(results)
     announce(console, recipe, model, figures, results, checkpoint)
-    with _memory(recipe):
-        trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     results["train"] = trained.metrics
     results["best_checkpoint"] = trainer.state.best_model_checkpoint
     if measure is not None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
+from accelerate import skip_first_batches
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
@@ -36,6 +38,16 @@ class LongContextTrainer(Trainer):
             self.shares_rows
         ):  # Trainer takes a mean over each forward here; this one counts the tokens of the whole step
             self.model_accepts_loss_kwargs = True
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As Trainer's; where processes share rows, a run goes on in the middle of an epoch, too."""
+        if not self.shares_rows:
+            return super().train(*arguments, **options)
+        transformers.trainer.skip_first_batches = _read_on
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            transformers.trainer.skip_first_batches = skip_first_batches
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -110,6 +122,13 @@ class LongContextTrainer(Trainer):
                 f"the checkpoint of step {self.state.global_step} could not be written to {folder} ({type(error).__name__}: {error}); "
                 "earlier checkpoints are intact: free some room, and give the same command again"
             ) from error
+
+
+def _read_on(loader: Any, batches: int) -> Any:
+    """What accelerate's `skip_first_batches` cannot do with DeepSpeed's loader of shared rows."""
+    for _ in range(batches):
+        next(loader)
+    return loader
 
 
 def _holds(sample: list[int], row: list[int]) -> bool:

@@ -3,6 +3,7 @@
 All engines run in one pair of processes, which takes on the environment that `accelerate launch` makes of each file in recipes/accelerate.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,11 +22,11 @@ import hfpos
 from hfpos.train.recipe import Recipe
 from hfpos.train.run import run
 from tests.processes import leave, start, torchrun
-from tests.train.runs import RECIPES, history, results
+from tests.train.runs import RECIPES, Stopped, history, results, stopping
 
 
 STEPS = 3
-# Plain gradient descent: a gradient that is wrong by a factor shows in the weights. Short documents make rows of few labels.
+# With so large an epsilon Adam's steps depend on the size of gradients. Short documents make rows of few labels.
 RECIPE = """
 model: {path: runs/tiny/base-llama/model}
 data: {sources: uneven.jsonl, length: 48}
@@ -34,11 +35,11 @@ training:
   max_steps: 3
   per_device_train_batch_size: 1
   gradient_accumulation_steps: 2
-  learning_rate: 0.1
+  learning_rate: 0.01
   lr_scheduler_type: constant
-  optim: sgd
+  adam_epsilon: 1e-3
   logging_steps: 1
-  save_steps: 3
+  save_steps: 1
   save_total_limit: 1
   report_to: none
   disable_tqdm: true
@@ -89,14 +90,20 @@ def process_main(*engines):
         os.environ.clear()
         os.environ.update(plain | environment(engine))
         for scheme in SCHEMES:
+            recipe = Recipe.load("engines.yaml", changes(engine, scheme))
+            if scheme == "kerple":  # and once more from its second checkpoint on
+                forget()
+                with stopping(STEPS), contextlib.suppress(Stopped):
+                    run(recipe)
             forget()
-            run(Recipe.load("engines.yaml", changes(engine, scheme)))
+            run(recipe)
     leave()
 
 
 def forget():
     """Take back what a run left in the process for the next one: a user's process has one run."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     ALL_ATTENTION_FUNCTIONS._local_mapping.clear()  # where DeepSpeed enters its own
     parallel_state_sp._release_sequence_parallel_groups()
 

@@ -84,4 +84,6 @@ def test_results_are_kept_whole(tmp_path):
     folder.write_results({"steps": 3})
     assert folder.read_results() == {"steps": 3}
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"steps": 3}
+    folder.write_results({"evaluations": [{"score": float("inf"), "loss": 1.5}], "baseline": {128: 2.0}})
+    assert folder.read_results() == {"evaluations": [{"score": None, "loss": 1.5}], "baseline": {"128": 2.0}}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
