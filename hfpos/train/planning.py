@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hfpos.checkpoint import load_skeleton, load_tokenizer
 from hfpos.scheme import PatchError
+from hfpos.train.holdings import Layout
 from hfpos.train.layouts import read_layout
 from hfpos.train.memory import Memory, estimate, size
 from hfpos.train.memory_advice import advice
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hfpos.train.recipe import Recipe
+
+
+ENOUGH_LESS = 0.75  # of what ran out of memory: the estimate may be off, and others may use the device too
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,19 @@ def plan(
         available=available,
         advice=tuple(advice(model, available, **settings)) if available is not None else (),
     )
+
+
+def less_memory(recipe: Recipe, layout: Layout, device: torch.device) -> list[str]:
+    """What lowers the memory of a recipe that has just run out of it, one thing on top of the other; empty where that cannot be said."""
+    settings = memory_settings(recipe) | {"layout": layout, "device": "cpu" if device.type == "cpu" else "cuda"}
+    try:
+        model = skeleton(recipe)
+        needed = estimate(model, **settings).needed
+        return [
+            line for line in advice(model, ENOUGH_LESS * needed, **settings) if not line.startswith("with all of that")
+        ]
+    except PatchError:
+        return []
 
 
 def memory_settings(recipe: Recipe) -> dict[str, Any]:

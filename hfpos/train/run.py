@@ -22,10 +22,12 @@ from hfpos.train.arguments import training_arguments, wants_fsdp
 from hfpos.train.callbacks import NewPositions, Report
 from hfpos.train.folder import RunFolder
 from hfpos.train.head import chunk_the_loss
+from hfpos.train.holdings import Layout
 from hfpos.train.measure import Measure
 from hfpos.train.model import load, put_together
 from hfpos.train.numbers import numbers
-from hfpos.train.parallel import processes_of_a_sequence, set_up
+from hfpos.train.parallel import layout_of, processes_of_a_sequence, set_up
+from hfpos.train.planning import less_memory, training_value
 from hfpos.train.recipe import Recipe
 from hfpos.train.trainer import LongContextTrainer
 
@@ -43,7 +45,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     folder = RunFolder(str(arguments.output_dir))
     everywhere(lambda: folder.begin(recipe))
     try:
-        with _memory(recipe):
+        with _memory(recipe, Layout(), arguments.device):
             return _run(recipe, arguments, folder)
     finally:
         folder.end()
@@ -99,7 +101,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
     if is_main():
         folder.write_results(results)
     announce(console, recipe, model, figures, results, checkpoint)
-    trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _memory(recipe, layout_of(trainer.accelerator), arguments.device):
+        trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     results["train"] = trained.metrics
     results["best_checkpoint"] = trainer.state.best_model_checkpoint
     if measure is not None:
@@ -208,7 +211,7 @@ def _refused() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _memory(recipe: Recipe) -> Iterator[None]:
+def _memory(recipe: Recipe, layout: Layout, device: Any) -> Iterator[None]:
     """An out-of-memory error says what to change."""
     try:
         yield
@@ -217,7 +220,9 @@ def _memory(recipe: Recipe) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)):
             raise
+        tried = f"{training_value(recipe, 'per_device_train_batch_size')} samples a forward"
+        changes = "; ".join(less_memory(recipe, layout, device))
         raise PatchError(
-            f"out of memory at data.length={recipe.data.length} with {recipe.training.get('per_device_train_batch_size', 8)} samples a "
-            "forward; `hfpos plan` with the same recipe says where memory goes and what to change"
+            f"out of memory at data.length={recipe.data.length} with {tried}; {changes or 'take a shorter data.length'} "
+            "(`hfpos plan` with the same recipe says where memory goes)"
         ) from error

@@ -124,7 +124,8 @@ def test_out_of_memory_says_what_helps(workshop, output, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(Trainer, "compute_loss", fail)
-    refused(workshop.train("runs/bad"), "out of memory at data.length=64 with 2 samples", "`hfpos plan`")
+    said = ("out of memory at data.length=64 with 2 samples", "training.gradient_checkpointing: true", "`hfpos plan`")
+    refused(workshop.train("runs/bad"), *said)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_same_command_goes_on(workshop, output, monkeypatch):
