@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from hfpos.bench.train_step import pose, step
 
 def run(folder: Path = Path("runs/bench")) -> dict[str, Any]:
     """Everything that the CPU can do; on a GPU, that too. Base models are taken from `folder`, or trained and left there."""
-    results: dict[str, Any] = {
-        "step": step(),
-        "pose": pose(),
-        "quality": {name: extend(name, case, folder) for name, case in CASES.items()},
-    }
-    if torch.cuda.is_available():
-        results["gpu"] = train_gpu.run(folder)
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer prints there, and stdout has the figures
+        results: dict[str, Any] = {
+            "step": step(),
+            "pose": pose(),
+            "quality": {name: extend(name, case, folder) for name, case in CASES.items()},
+        }
+        if torch.cuda.is_available():
+            results["gpu"] = train_gpu.run(folder)
     return results

@@ -86,7 +86,13 @@ CASES = {
         base_changes=("training.max_steps=1500", *_ANNEALED),
         recipe="bloom-560m-alibi-8k",
         changes=("training.max_steps=400", "training.learning_rate=3e-3", "training.lr_scheduler_type=cosine"),
-        control=("scheme=none", "data.length=128", "training.per_device_train_batch_size=16"),
+        # stock BLOOM does not keep packed documents apart
+        control=(
+            "scheme=none",
+            "data.length=128",
+            "data.packing=blocks",
+            "training.per_device_train_batch_size=16",
+        ),
         schemes=("alibi",),
     ),
 }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,9 +87,8 @@ def trained_base(name: str, case: Case, folder: Path, text: Text) -> tuple[Path,
 
 
 def train(name: str, changes: Sequence[str], out: Path) -> dict[str, Any]:
-    """Run a recipe of recipes/tiny/ with changes; what it prints goes to stderr, as stdout has the figures."""
-    with contextlib.redirect_stdout(sys.stderr):
-        return run(_recipe(name, changes, out))
+    """Run a recipe of recipes/tiny/ with changes."""
+    return run(_recipe(name, changes, out))
 
 
 class Ruler:

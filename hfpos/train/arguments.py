@@ -32,7 +32,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         PatchError: values that Transformers refuses.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    given = {_name(key, known): value for key, value in recipe.training.items()}
+    given = {_name(key, known): _word(key, value) for key, value in recipe.training.items()}
     _check_kinds(recipe.training)
     checkpointing = _name("gradient_checkpointing", known)
     defaults: dict[str, Any] = {
@@ -99,6 +99,11 @@ def _join_deepspeed_on_cpus() -> None:
 def wants_fsdp() -> bool:
     """Whether accelerate's config asks for FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _word(key: str, value: Any) -> Any:
+    """YAML reads `eval_strategy: no` as false."""
+    return "no" if key.endswith("_strategy") and value is False else value
 
 
 def _name(key: str, known: set[str]) -> str:

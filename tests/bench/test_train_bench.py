@@ -80,8 +80,8 @@ def test_pose_reaches_sixteen_times_the_window():
     assert found["time_over_plain"] > 0
 
 
-def test_the_clock_counts_every_step_and_each_round():
-    trainers = {"one": _trainer(steps=3)}
+def test_the_clock_counts_every_step_and_each_round(tmp_path):
+    trainers = {"one": _trainer(tmp_path, steps=3)}
     clocks = train_step.timed(trainers, rounds=2)
     assert len(clocks["one"].rounds) == 2
     assert len(clocks["one"]._ends) == 4
@@ -156,9 +156,9 @@ def _tokens(recipe):
     return training["max_steps"] * training["per_device_train_batch_size"] * recipe.data.length
 
 
-def _trainer(steps):
+def _trainer(folder, steps):
     model = train_gpu.seeded(SMALL)
-    arguments = train_step._arguments("unused", steps, batch=1)
+    arguments = train_step._arguments(folder, steps, batch=1)
     return train_step.LongContextTrainer(
         measure=None,
         model=model,

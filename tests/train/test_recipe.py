@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import hfpos
+from hfpos.train.arguments import training_arguments
 from hfpos.train.recipe import Recipe
 
 
@@ -119,6 +120,15 @@ def test_mistakes_are_named(tmp_path, changes, message):
 def test_what_is_no_recipe(tmp_path, text, message):
     with pytest.raises(hfpos.PatchError, match=message):
         load(tmp_path, text)
+
+
+def test_no_is_a_word_for_a_strategy(tmp_path):
+    recipe = load(
+        tmp_path, MINIMAL, "training.save_strategy=no", "training.eval_strategy=no", "training.report_to=none"
+    )
+    arguments = training_arguments(recipe)
+    assert arguments.save_strategy == "no"
+    assert arguments.eval_strategy == "no"
 
 
 def test_a_file_that_is_not_there():
