@@ -52,9 +52,8 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
     for name, documents in ((TRAIN, corpus.train), (HELD_OUT, corpus.held_out)):
         rows = "".join(json.dumps({"name": each.name, "text": each.text}) + "\n" for each in documents)
         path = folder / name
-        if (
-            not path.exists() or path.read_text(encoding="utf-8") != rows
-        ):  # a file that stays is known to the tokenised data
+        # a file that stays as it is is found again among the tokenised ones
+        if not path.exists() or path.read_text(encoding="utf-8") != rows:
             path.write_text(rows, encoding="utf-8")
 
 

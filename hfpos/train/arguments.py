@@ -90,9 +90,8 @@ def _join_deepspeed_on_cpus() -> None:
         return
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # a faster way among CPUs that would be compiled now
-    )
+    # a faster way among CPUs, which would be compiled now
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
 
 

@@ -192,9 +192,8 @@ def _item(values: list, key: str, change: str) -> Any:
 
 def _explain(error: ValidationError, name: str) -> str:
     """The first thing that is wrong, with a suggestion where a key is unknown."""
-    first = min(
-        error.errors(), key=lambda each: each["type"] != "extra_forbidden"
-    )  # a misspelt key is often a missing one too
+    # a misspelt key is often a missing one too
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     path = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
     where = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":

@@ -62,9 +62,8 @@ def _run(recipe: Recipe, arguments: TrainingArguments, folder: RunFolder) -> dic
         _baseline(recipe, arguments, measure, model, results)
         # with a checkpoint at hand this was measured before it was written
         arguments.eval_on_start = checkpoint is None
-    set_seed(
-        arguments.seed
-    )  # Trainer does so later, when LoRA and what a scheme learns have drawn their first weights
+    # Trainer does so later, when LoRA and what a scheme learns have drawn their first weights
+    set_seed(arguments.seed)
     model = put_together(recipe, model, tokenizer)
     data, collator = _data(recipe, tokenizer), _collator(recipe)
     report = Report(console, measure, results)

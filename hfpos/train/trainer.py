@@ -34,9 +34,8 @@ class LongContextTrainer(Trainer):
         self.measure = measure
         parallelism: Any = getattr(self.accelerator, "parallelism_config", None)
         self.shares_rows = parallelism is not None and parallelism.sp_enabled
-        if (
-            self.shares_rows
-        ):  # Trainer takes a mean over each forward here; this one counts the tokens of the whole step
+        # Trainer takes a mean over each forward here; this one counts the tokens of the whole step
+        if self.shares_rows:
             self.model_accepts_loss_kwargs = True
 
     def train(self, *arguments: Any, **options: Any) -> Any:
