@@ -85,7 +85,7 @@ CASES = {
         base="base-bloom",
         base_changes=("training.max_steps=1500", *_ANNEALED),
         recipe="bloom-560m-alibi-8k",
-        changes=("training.max_steps=400", "training.learning_rate=3e-3", "training.lr_scheduler_type=cosine"),
+        changes=("training.max_steps=75", "training.learning_rate=3e-4", "training.lr_scheduler_type=cosine"),
         # stock BLOOM does not keep packed documents apart
         control=(
             "scheme=none",

@@ -102,21 +102,21 @@ def describe_source(source: Any) -> str:
 
 def _load_dataset(source: str, split: str | None, streaming: bool) -> Any:
     """By its name or folder, with the configuration behind a colon: `Salesforce/wikitext:wikitext-103-raw-v1`."""
-    name, _, config = source.partition(":")
-    is_folder = Path(name).is_dir()
-    if not is_folder and (name.endswith(TEXT_SUFFIXES) or name.startswith((".", "/"))):
-        raise PatchError(f"no text at {name}; expected a file or a folder: check the path")
+    path, _, config = source.partition(":")
+    is_folder = Path(path).is_dir()
+    if not is_folder and (source.endswith(TEXT_SUFFIXES) or source.startswith((".", "/"))):
+        raise PatchError(f"no text at {source}; expected a file or a folder: check the path")
     try:
         import datasets
     except ImportError as error:
         need = "to read a folder as a dataset" if is_folder else "it is no file or folder, and to look for a dataset"
-        raise PatchError(f'{name!r}: {need} the package datasets is needed: pip install "hfpos[data]"') from error
-    options = {"streaming": True} if streaming else {}
+        raise PatchError(f'{source!r}: {need} the package datasets is needed: pip install "hfpos[data]"') from error
+    options: dict[str, Any] = ({"streaming": True} if streaming else {}) | ({"name": config} if config else {})
     try:
-        found = datasets.load_dataset(name, config or None, split=split, **options)
+        found = datasets.load_dataset(path, split=split, **options)
         first = next(iter(found.values())) if isinstance(found, Mapping) else found
         if is_folder and first.info.builder_name == "text":  # which would take every line for a document
-            return datasets.load_dataset(name, config or None, split=split, sample_by="document", **options)
+            return datasets.load_dataset(path, split=split, sample_by="document", **options)
         return found
     except Exception as error:
         tried = "no folder" if is_folder else "no file or folder, and no dataset"
