@@ -146,6 +146,7 @@ def finetuned_model(options: DemoOptions, corpus: Corpus, base: Path, scheme: st
                     "warmup_steps": max(1, options.finetune_steps // 30),
                     "adam_beta2": 0.95,
                     "weight_decay": 0.1,
+                    "logging_steps": 50,
                     "save_strategy": "no",
                     "report_to": "none",
                 },
