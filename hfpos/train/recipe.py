@@ -152,6 +152,10 @@ class Recipe(Section):
             raise PatchError(
                 f"{name}: evaluation.patience needs training.load_best_model_at_end and training.eval_strategy"
             )
+        if evaluation.max_regression is not None and self.model.config is not None:
+            raise PatchError(
+                f"{name}: evaluation.max_regression compares with the model before it is patched, and model.config makes a new one; leave it out"
+            )
         if evaluation.max_regression is not None and not evaluation.baseline:
             raise PatchError(
                 f"{name}: evaluation.max_regression is measured against the baseline; set evaluation.baseline to true"

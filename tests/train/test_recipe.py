@@ -94,6 +94,13 @@ def test_changes_reach_every_depth(tmp_path):
             "measured against the baseline",
         ),
         (["evaluation={data: x, lengths: [8], patience: 2}"], "patience needs"),
+        (
+            [
+                "model={config: {model_type: llama}, tokenizer: 300}",
+                "evaluation={data: x, lengths: [8], max_regression: 0.01}",
+            ],
+            "makes a new one",
+        ),
         (["evaluation={data: x, lengths: []}"], "evaluation.lengths"),
         (["training.output_dir=null"], "training.output_dir is missing"),
         (["training"], "expected key=value"),
