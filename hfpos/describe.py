@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,15 @@ class Description:
     stock_loadable: bool
     length_dependent: bool
     needs_training: bool
+
+    @property
+    def table_length(self) -> int | None:
+        """How many positions a learned table has, beyond which the model cannot be run; None without one."""
+        return self.patched_length if self.scheme == "learned" else None
+
+    def within_table(self, lengths: Sequence[int]) -> list[int]:
+        """Those of some context lengths that the model can be run at."""
+        return [length for length in lengths if self.table_length is None or length <= self.table_length]
 
     def __str__(self) -> str:
         given = ", ".join(f"{key}={value}" for key, value in self.parameters.items() if value is not None)

@@ -249,6 +249,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def instead(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Let an instance have another method, `name`, for a while."""
+    own = module.__dict__.get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, own)
+
+
+@contextlib.contextmanager
 def without_trace(family: Family) -> Iterator[None]:
     """Run the model in eval mode and leave it as it was: its modes, and what its modules remember from call to call."""
     states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]

@@ -129,6 +129,19 @@ def _gather(group: Any, values: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def windowed_layers(config: Any) -> list[str]:
+    """The types of a model's layers that do not see everything.
+
+    >>> from transformers import MistralConfig
+    >>> windowed_layers(MistralConfig(sliding_window=8)), windowed_layers(MistralConfig(sliding_window=None))
+    (['sliding'], [])
+    """
+    types = getattr(config, "layer_types", None) or [
+        "sliding" if getattr(config, "sliding_window", None) else "full_attention"
+    ]
+    return sorted({*types} - {"full_attention"})
+
+
 def take_part(
     shared: Sharing, config: Any, positions: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, Part]:
@@ -137,13 +150,10 @@ def take_part(
     Every process of the group must call it. Raises `PatchError` for what the other side would drop: sliding windows, and in a ring
     documents that are packed into one row.
     """
-    types = set(
-        getattr(config, "layer_types", None)
-        or ["sliding" if getattr(config, "sliding_window", None) else "full_attention"]
-    )
-    if types != {"full_attention"}:
+    windowed = windowed_layers(config)
+    if windowed:
         raise PatchError(
-            f"layers of type {', '.join(sorted(types - {'full_attention'}))} lose their window where several processes share a "
+            f"layers of type {', '.join(windowed)} lose their window where several processes share a "
             "sequence; use a model whose layers all see everything, or one process a sequence"
         )
     if shared.by_heads and config._attn_implementation.endswith("eager"):  # which DeepSpeed leaves without any mask

@@ -119,9 +119,7 @@ class Ruler:
         """Of a model or the folder of one; a learned table has no positions beyond its length, and no figure there."""
         if isinstance(model, Path):
             model = hfpos.from_pretrained(str(model)).to(device())
-        found = describe(model)
-        reaches = found.scheme != "learned" or found.patched_length is None or found.patched_length >= self.long
-        lengths = [self.short, self.long] if reaches else [self.short]
+        lengths = describe(model).within_table([self.short, self.long])
         scores = perplexity(model, self.documents, lengths, "window").by_length
         return {length: score.perplexity for length, score in scores.items()}
 

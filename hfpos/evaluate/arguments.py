@@ -169,9 +169,9 @@ def depends_on_length(model: nn.Module, longest: int) -> bool:
     except PatchError:
         _check_tables(model, longest)
         return True  # not a family hfpos knows: one run per length is right for any model
-    if found.scheme == "learned" and found.patched_length is not None and longest > found.patched_length:
+    if not found.within_table([longest]):
         raise PatchError(
-            f"{found.model} has {found.patched_length} learned positions, {longest} were asked for; patch it to a longer "
+            f"{found.model} has {found.table_length} learned positions, {longest} were asked for; patch it to a longer "
             f'table first: hfpos.patch(model, "learned", target_length={longest})'
         )
     return found.length_dependent

@@ -157,15 +157,7 @@ def _comparison(
     info: ModelInfo, protocol: Protocol, documents: DocumentSet, runs: list[Run], refused: dict[str, str]
 ) -> Comparison:
     bad = [skipped for run in runs if run.perplexity for skipped in run.perplexity.skipped]
-    data = Data(
-        documents.source,
-        documents.sha256,
-        len(documents.documents),
-        sum(len(document.ids) for document in documents.documents),
-        documents.preparation,
-        tuple(dict.fromkeys((*documents.skipped, *bad))),
-    )
-    return Comparison(info, protocol, data, tuple(runs), refused, provenance())
+    return Comparison(info, protocol, Data.of(documents, bad), tuple(runs), refused, provenance())
 
 
 def _run(
@@ -178,8 +170,8 @@ def _run(
 ) -> Run:
     """Measure the model under one scheme."""
     start = time.perf_counter()
-    if entry.scheme is None and unpatched.scheme == "learned" and unpatched.patched_length is not None:
-        lengths = [length for length in lengths if length <= unpatched.patched_length]
+    if entry.scheme is None:
+        lengths = unpatched.within_table(lengths)
     with contextlib.nullcontext() if entry.scheme is None else patched(model, entry.scheme):
         found = describe(model)
         return Run(

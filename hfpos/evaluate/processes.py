@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,26 @@ def gather(mine: list[T], error: PatchError | None, processes: int) -> list[T]:
     if errors:
         raise PatchError(errors[0]) from error
     return [item for items, _ in everyone for item in items]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, in every process; the others do not call it. Its `PatchError` is raised in all.
+
+    So processes that go on from what one of them reads, writes or measures all take the same path.
+
+    >>> from_main(lambda: 3)
+    3
+    """
+    if not launched():
+        return make()
+    made: list[T] = []
+    error = None
+    if is_main():
+        try:
+            made.append(make())
+        except PatchError as caught:
+            error = caught
+    return gather(made, error, processes=2)[0]
 
 
 def is_main() -> bool:

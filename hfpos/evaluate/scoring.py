@@ -18,13 +18,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hfpos.patching import afresh, causal_model
+from hfpos.patching import afresh, causal_model, instead
 from hfpos.scheme import PatchError
 
 
 LOGITS = 2**23  # held at one time: 32 MiB of float32; an accelerator gets four times that, to be busy
 MASK_ENTRIES = 2**24  # of a piece that is run against a long cache
 WHOLE = 4096  # tokens that are run in one piece: a plain causal kernel without a mask beats any piecewise one
+
+
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """How many tokens may have their logits at one time.
+
+    >>> rows_at_once(32_000, torch.device("cpu"))
+    262
+    """
+    return max(16, (LOGITS if device.type == "cpu" else 4 * LOGITS) // vocabulary)
 
 
 class TokenScorer:
@@ -108,8 +117,7 @@ class TokenScorer:
 
     def _step(self, batch: int) -> int:
         """How many tokens may have their logits at one time."""
-        held = LOGITS if self.device.type == "cpu" else 4 * LOGITS
-        return max(16, held // (self.vocabulary * batch))
+        return rows_at_once(self.vocabulary * batch, self.device)
 
     def _run(
         self, piece: torch.Tensor, cache: Any, cached: bool, wanted: int, spare: int
@@ -137,7 +145,7 @@ class TokenScorer:
     def _head(self, output: Any, ids: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """The logits of the tokens `low` up to `high` of a piece whose decoder output is at hand."""
         part = type(output)(last_hidden_state=output.last_hidden_state[:, low:high])
-        with _instead(self.decoder, part):
+        with instead(self.decoder, "forward", lambda *args, **kwargs: part):
             return self.model(input_ids=ids[:, low:high], use_cache=False).logits
 
     @cached_property
@@ -175,17 +183,3 @@ def _alike(parts: list[torch.Tensor], whole: torch.Tensor) -> bool:
     found, expected = torch.cat(parts, dim=1).float(), whole.float()
     tolerance = 0.05 if whole.dtype in (torch.float16, torch.bfloat16) else 1e-3
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-@contextlib.contextmanager
-def _instead(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let `module` return `output` without running."""
-    own = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

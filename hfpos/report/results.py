@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -13,6 +14,9 @@ from hfpos.evaluate.result import PerplexityResult, Skipped
 from hfpos.evaluate.retrieval import RetrievalResult
 from hfpos.scheme import PatchError
 
+
+if TYPE_CHECKING:
+    from hfpos.data.documents import DocumentSet
 
 SCHEMA: Literal["hfpos-results-1"] = "hfpos-results-1"
 
@@ -55,6 +59,18 @@ class Data:
     tokens: int
     preparation: dict[str, Any]
     skipped: tuple[Skipped, ...] = ()
+
+    @classmethod
+    def of(cls, documents: DocumentSet, skipped: Iterable[Skipped] = ()) -> Data:
+        """Of documents, with what was `skipped` beyond what their loading left out."""
+        return cls(
+            documents.source,
+            documents.sha256,
+            len(documents.documents),
+            sum(len(document.ids) for document in documents.documents),
+            documents.preparation,
+            tuple(dict.fromkeys((*documents.skipped, *skipped))),
+        )
 
 
 @dataclass(frozen=True)

@@ -129,17 +129,8 @@ def _write(model: Any, tokenizer: Any, name: str, documents: Any, result: Any, o
     from hfpos.report.results import Data
     from hfpos.search.result import SearchRecord, write
 
-    tokens = sum(len(document.ids) for document in documents.documents)
-    data = Data(
-        documents.source,
-        documents.sha256,
-        len(documents.documents),
-        tokens,
-        documents.preparation,
-        documents.skipped,
-    )
     dtype = str(language_model(model).dtype).removeprefix("torch.")
-    path = write(SearchRecord(name, dtype, data, result, provenance()), out)
+    path = write(SearchRecord(name, dtype, Data.of(documents), result, provenance()), out)
     typer.echo(result)
     typer.echo(f"The factors as a scheme: {path}. All numbers: {path.with_name('search.json')}")
     if save is None:

@@ -13,12 +13,12 @@ from hfpos.data.documents import TokenizedDocument
 from hfpos.describe import describe
 from hfpos.evaluate.arguments import check_documents, size_with_bos
 from hfpos.evaluate.perplexity import perplexity
+from hfpos.evaluate.processes import from_main
 from hfpos.families import family_of
 from hfpos.patching import language_model, patched, record_of
 from hfpos.scheme import Geometry, PatchError, Scheme
 from hfpos.schemes import REGISTRY
 from hfpos.schemes.longrope import LongRope
-from hfpos.search.agree import from_main
 from hfpos.search.factors import START_SCHEMES, Factors
 
 

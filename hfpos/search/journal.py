@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hfpos.evaluate.processes import is_main
+from hfpos.evaluate.processes import from_main, is_main
 from hfpos.scheme import PatchError
-from hfpos.search.agree import from_main
 from hfpos.search.factors import Factors
 
 

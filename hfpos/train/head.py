@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hfpos.evaluate.scoring import rows_at_once
 from hfpos.patching import can_run, causal_model
 from hfpos.scheme import PatchError
 from hfpos.train.head_probe import Bend, bend_after, difference
-from hfpos.train.loss import IGNORED, linear_cross_entropy, rows_at_once
+from hfpos.train.loss import IGNORED, linear_cross_entropy
 
 
 @dataclass

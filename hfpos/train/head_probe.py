@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hfpos.patching import afresh, eval_mode
+from hfpos.patching import afresh, eval_mode, instead
 
 
 # the first tells the slope, the second whether there is a cap; the others that this is all
@@ -121,9 +120,9 @@ def _after_head(model: PreTrainedModel, head: nn.Module, points: torch.Tensor) -
     named = inspect.signature(forward).parameters
     plainly = {name: value for name, value in (("use_cache", False), ("output_router_logits", False)) if name in named}
     with (
-        _instead(model.get_decoder(), "forward", lambda *args, **kwargs: hidden),
-        _instead(head, "forward", lambda *args, **kwargs: points[None, :, None]),
-        _instead(model, "_loss_function", loss),
+        instead(model.get_decoder(), "forward", lambda *args, **kwargs: hidden),
+        instead(head, "forward", lambda *args, **kwargs: points[None, :, None]),
+        instead(model, "_loss_function", loss),
     ):
         forward(model, input_ids=ids, labels=ids, **plainly)
     return seen[0] if seen else None
@@ -135,17 +134,3 @@ class _Hollow(BaseModelOutput):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-
-
-@contextlib.contextmanager
-def _instead(module: nn.Module, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    """Let an instance have another method for a while."""
-    own = module.__dict__.get(name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, own)

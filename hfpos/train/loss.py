@@ -5,6 +5,7 @@ Shapes: N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -14,11 +15,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from hfpos.evaluate.scoring import rows_at_once
 from hfpos.scheme import PatchError
 
 
 IGNORED = -100
-LOGITS = 2**23  # held at one time: 32 MiB of float32; an accelerator gets four times that, to be busy
 
 
 def linear_cross_entropy(
@@ -106,15 +107,6 @@ def kernel_for(hidden: torch.Tensor, softcap: float | None = None) -> str:
     return "hfpos"
 
 
-def rows_at_once(vocabulary: int, device: torch.device) -> int:
-    """How many tokens may have their logits at one time.
-
-    >>> rows_at_once(32_000, torch.device("cpu"))
-    262
-    """
-    return max(16, (LOGITS if device.type == "cpu" else 4 * LOGITS) // vocabulary)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Logits, softmax and gradients of one chunk of tokens after the other, in the forward."""
 
@@ -193,6 +185,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
+@functools.cache
 def _liger() -> Any:
     """Liger's kernel where it is installed and sums up weight gradients in float32."""
     if importlib.util.find_spec("liger_kernel") is None:

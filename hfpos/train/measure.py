@@ -56,16 +56,13 @@ class Measure:
         result = perplexity(model, self.documents, wanted, self.section.stride, bos=self.section.bos)
         return {length: score.perplexity for length, score in result.by_length.items()}
 
-    def measure_baseline(self, model: nn.Module) -> Perplexities:
-        """Of the unpatched model; a table of positions can be measured no further than it reaches."""
+    def measure_baseline(self, model: nn.Module, known: Perplexities) -> None:
+        """Of the unpatched model, unless they are `known`; a table of positions can be measured no further than it reaches."""
         found = describe(model)
         self.trained_length = found.trained_length
-        lengths = self.section.lengths
-        if found.scheme == "learned" and found.patched_length is not None:
-            lengths = tuple(length for length in lengths if length <= found.patched_length)
-        self.baseline = self.perplexities(model, lengths) if lengths else {}
+        lengths = found.within_table(self.section.lengths)
+        self.baseline = known or (self.perplexities(model, lengths) if lengths else {})
         self._require_short()
-        return self.baseline
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Everything at once, by name: `perplexity_at_4096`, `passkey_at_4096`, `regression`, `score`."""

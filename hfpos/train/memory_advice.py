@@ -23,7 +23,7 @@ MOST_PROCESSES = 64
 WORTH = 0.98  # a change that leaves more than this of what is needed is not worth a line
 
 
-def advice(model: nn.Module, available_bytes: float, **settings: Any) -> list[str]:
+def advice(model: nn.Module, available_bytes: float, known: Memory | None = None, **settings: Any) -> list[str]:
     """What to change, one thing on top of the other, the least harmful first, until training fits.
 
     First what changes no result (loss in chunks, checkpointing, smaller micro-batches), then precision, then what is trained, then more
@@ -32,6 +32,7 @@ def advice(model: nn.Module, available_bytes: float, **settings: Any) -> list[st
     Args:
         model: as for `estimate`; not changed.
         available_bytes: of one device, e.g. `80 * 2**30`.
+        known: what `estimate` gives for these settings, where that is at hand.
         settings: the other arguments of `estimate`.
 
     Returns:
@@ -52,20 +53,31 @@ def advice(model: nn.Module, available_bytes: float, **settings: Any) -> list[st
     """
     if available_bytes <= 0:
         raise PatchError(f"available_bytes={available_bytes}; expected the memory of one device")
-    before = estimate(model, **settings)
-    if before.needed <= available_bytes:
-        return []
-    state = _State(model, settings, before, available_bytes)
-    lines: list[str] = []
-    for text, memory in state.changes():
-        lines.append(f"{text}: {size(memory.needed)}" + ("" if lines else f" instead of {size(before.needed)}"))
-        if memory.needed <= available_bytes:
-            return lines
+    lines, after = lower(model, known or estimate(model, **settings), available_bytes, **settings)
+    if after.needed <= available_bytes:
+        return lines
     lines.append(
-        f"with all of that {size(state.memory.needed)} are needed and {size(available_bytes)} are there: take a shorter data.length, a smaller "
+        f"with all of that {size(after.needed)} are needed and {size(available_bytes)} are there: take a shorter data.length, a smaller "
         "model, or devices with more memory"
     )
     return lines
+
+
+def lower(model: nn.Module, before: Memory, available_bytes: float, **settings: Any) -> tuple[list[str], Memory]:
+    """The changes of `advice`, as lines, and what is needed after them.
+
+    Args:
+        before: what `estimate` gives for these settings.
+    """
+    lines: list[str] = []
+    memory = before
+    if before.needed <= available_bytes:
+        return lines, memory
+    for text, memory in _State(model, settings, before, available_bytes).changes():
+        lines.append(f"{text}: {size(memory.needed)}" + ("" if lines else f" instead of {size(before.needed)}"))
+        if memory.needed <= available_bytes:
+            break
+    return lines, memory
 
 
 class _State:

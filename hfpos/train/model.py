@@ -102,12 +102,17 @@ def check_length(recipe: Recipe, model: Any) -> None:
         )
 
 
+def named_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder or hub name. Raises `PatchError` where there is none."""
+    tokenizer = load_tokenizer(path)
+    require_tokenizer(tokenizer, path)
+    return tokenizer
+
+
 def _tokenizer(recipe: Recipe) -> Any:
     wanted = recipe.model.tokenizer
     if not isinstance(wanted, int):
-        tokenizer = load_tokenizer(str(wanted))
-        require_tokenizer(tokenizer, str(wanted))
-        return tokenizer
+        return named_tokenizer(str(wanted))
     texts = []
     for source in recipe.data.sources:
         for _, text in read_source(source.path, source.text_column, source.split):

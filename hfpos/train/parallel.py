@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.utils import DistributedType
 
+from hfpos.attention.sequence_parallel import windowed_layers
 from hfpos.patching import causal_model, language_model, record_of
 from hfpos.scheme import PatchError
 from hfpos.train.holdings import Layout
@@ -123,13 +124,10 @@ def _check_ulysses(recipe: Recipe, model: Any, parallelism: Any) -> None:
             f"Ulysses hands no mask on to {used!r}, so documents that are packed into one row would see each other; set data.packing to "
             "blocks or joined, or model.attn_implementation to flash_attention_2"
         )
-    types = set(
-        getattr(config, "layer_types", None)
-        or ["sliding" if getattr(config, "sliding_window", None) else "full_attention"]
-    )
-    if types != {"full_attention"}:
+    windowed = windowed_layers(config)
+    if windowed:
         raise PatchError(
-            f"layers of type {', '.join(sorted(types - {'full_attention'}))} lose their window under Ulysses; use a model whose layers all "
+            f"layers of type {', '.join(windowed)} lose their window under Ulysses; use a model whose layers all "
             "see everything, or FSDP2 without sequence parallelism"
         )
     _check_whole_parts(recipe, size, "Ulysses gives each process an equal part of a row")

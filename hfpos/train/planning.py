@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
-from hfpos.checkpoint import load_skeleton, load_tokenizer
+from hfpos.checkpoint import load_skeleton
 from hfpos.scheme import PatchError
 from hfpos.train.holdings import Layout
 from hfpos.train.layouts import read_layout
 from hfpos.train.memory import Memory, estimate, size
-from hfpos.train.memory_advice import advice
-from hfpos.train.model import new_model, put_together
+from hfpos.train.memory_advice import advice, lower
+from hfpos.train.model import named_tokenizer, new_model, put_together
 
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def plan(
         total_tokens=rows * recipe.data.length * steps if steps > 0 else None,
         memory=memory,
         available=available,
-        advice=tuple(advice(model, available, **settings)) if available is not None else (),
+        advice=tuple(advice(model, available, memory, **settings)) if available is not None else (),
     )
 
 
@@ -109,10 +109,8 @@ def less_memory(recipe: Recipe, layout: Layout, device: torch.device) -> list[st
     settings = memory_settings(recipe) | {"layout": layout, "device": "cpu" if device.type == "cpu" else "cuda"}
     try:
         model = skeleton(recipe)
-        needed = estimate(model, **settings).needed
-        return [
-            line for line in advice(model, ENOUGH_LESS * needed, **settings) if not line.startswith("with all of that")
-        ]
+        memory = estimate(model, **settings)
+        return lower(model, memory, ENOUGH_LESS * memory.needed, **settings)[0]
     except PatchError:
         return []
 
@@ -154,14 +152,9 @@ def skeleton(recipe: Recipe) -> nn.Module:
     if section.config is None:
         model = load_skeleton(section.path)  # type: ignore[arg-type]
     else:
-        words = section.tokenizer if isinstance(section.tokenizer, int) else len(_tokenizer(section.tokenizer))
+        words = (
+            section.tokenizer if isinstance(section.tokenizer, int) else len(named_tokenizer(str(section.tokenizer)))
+        )
         with torch.device("meta"):
             model = new_model(section, {"vocab_size": words})
     return put_together(recipe, model, None)
-
-
-def _tokenizer(path: Any) -> Any:
-    found = load_tokenizer(path)
-    if found is None:
-        raise PatchError(f"no tokenizer in {path}; expected model.tokenizer to name one, or a number of words")
-    return found

@@ -14,14 +14,13 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
-from hfpos.evaluate.scoring import MASK_ENTRIES, WHOLE
+from hfpos.evaluate.scoring import MASK_ENTRIES, WHOLE, rows_at_once
 from hfpos.patching import causal_model
 from hfpos.scheme import PatchError
 from hfpos.train.head import chunk_the_loss
 from hfpos.train.holdings import Held
 from hfpos.train.hollow import FUSED, hollow, make_hollow, meta_copy
 from hfpos.train.live_bytes import LiveBytes
-from hfpos.train.loss import rows_at_once
 
 
 WEIGHTS, GRADIENTS, ACTIVATIONS, LOSS = "weights", "gradients", "activations", "loss"

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hfpos.data.collators import Collator, PoseCollator, RandomPositionCollator
 from hfpos.data.training_set import Source, TrainingSet, training_set
-from hfpos.evaluate.processes import device, gather, is_main, launched
+from hfpos.evaluate.processes import device, from_main, gather, is_main
 from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError
 from hfpos.train.announce import announce, memory_estimate
@@ -43,7 +43,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     arguments = training_arguments(recipe)
     folder = RunFolder(str(arguments.output_dir))
-    everywhere(lambda: folder.begin(recipe))
+    from_main(lambda: folder.begin(recipe))
     try:
         with _memory(recipe, Layout(), arguments.device):
             return _run(recipe, arguments, folder)
@@ -118,31 +118,16 @@ def passes(results: dict[str, Any]) -> bool:
     return math.isfinite((results.get("after") or {}).get("score", 0.0))
 
 
-def everywhere(action: Any) -> None:
-    """Let the main process do something; where it raises, all do, so that none waits for ever."""
-    error = None
-    if is_main():
-        try:
-            action()
-        except PatchError as found:
-            error = found
-    gather([], error, 2 if launched() else 1)
-
-
 def _baseline(
     recipe: Recipe, arguments: TrainingArguments, measure: Measure, model: Any, results: dict[str, Any]
 ) -> None:
     """Measure the unpatched model, or take from a killed run what was measured then."""
-    from hfpos.describe import describe
-
-    evaluation = recipe.evaluation
-    if evaluation is None or not evaluation.baseline or recipe.model.config is not None or _will_shard(arguments):
+    if not measure.section.baseline or recipe.model.config is not None or _will_shard(arguments):
         return
-    if results.get("baseline"):
-        measure.trained_length = describe(model).trained_length
-        measure.baseline = {int(length): value for length, value in results["baseline"].items()}
-        return
-    measure.measure_baseline(model if recipe.model.quantization else model.to(device()))
+    known = {int(length): value for length, value in (results.get("baseline") or {}).items()}
+    if not (known or recipe.model.quantization):
+        model = model.to(device())
+    measure.measure_baseline(model, known)
 
 
 def _will_shard(arguments: TrainingArguments) -> bool:
