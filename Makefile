@@ -27,7 +27,7 @@ style: .venv/.ready  ## the same, repairing what can be repaired
 bench: .venv/.ready
 	$(BIN)/hfpos bench
 
-matrix: .venv/.ready  ## what every seam can do on every model class, written into README.md
+matrix: .venv/.ready  ## what every seam and every scheme can do on which models, written into README.md
 	$(BIN)/python -m hfpos.bench.conformance --write README.md
 
 # what the demo needs is a good deal less than what the tests need

@@ -66,9 +66,7 @@ def from_pretrained(path: str | os.PathLike, *, base_model: Any = None, **kwargs
         raise PatchError(
             f"{path} holds neither config.json nor adapter_config.json; expected the folder of a saved model, or a hub name that can be reached"
         )
-    names = values.get("architectures") or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    model_class = model_class or transformers.AutoModelForCausalLM
+    model_class = _model_class(values)
     if BLOCK not in values:
         return _load_weights(model_class, path, kwargs)
     scheme = _scheme(path, values[BLOCK])
@@ -106,7 +104,10 @@ def load_skeleton(path: str | os.PathLike) -> Any:
     config = _config(path, values if scheme is None else base_values(values))
     with init_empty_weights():
         try:
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model_class = _model_class(values)
+            # of an Auto class, or of the model's own
+            make = getattr(model_class, "from_config", None) or model_class._from_config
+            model = make(config)
         except Exception as error:
             raise PatchError(f"the config in {path} does not make a model: {_cause(error)}") from error
     model.tie_weights()  # what made the weights empty also made two of each shared one
@@ -121,6 +122,12 @@ def load_tokenizer(path: str | os.PathLike, gguf_file: str | None = None) -> Any
         base = (_read_json(path, "adapter_config.json", {}) or {}).get("base_model_name_or_path")
         return load_tokenizer(base) if base else None
     return transformers.AutoTokenizer.from_pretrained(path)
+
+
+def _model_class(values: dict[str, Any]) -> Any:
+    """The class that a saved config names as its model's, else what causal language models are loaded with."""
+    names = values.get("architectures") or []
+    return (getattr(transformers, names[0], None) if names else None) or transformers.AutoModelForCausalLM
 
 
 def _load_adapter(path: str | os.PathLike, adapter: dict[str, Any], base_model: Any, kwargs: dict[str, Any]) -> Any:

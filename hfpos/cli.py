@@ -38,6 +38,10 @@ def patch(
     src: Annotated[str, typer.Argument(help="Folder or hub name of the model.")],
     dst: Annotated[Path, typer.Argument(help="Folder to write the patched model to.")],
     scheme: Annotated[str, typer.Option(help="A name from `hfpos schemes`.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that get it, e.g. `[3,7]` or `full_attention`; the others stay as they are."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Write into DST even if it is not empty.")] = False,
     prove: Annotated[bool, typer.Option(help="Run a short probe that shows that the logits move.")] = True,
 ) -> None:
@@ -56,7 +60,7 @@ def patch(
         raise PatchError(f"{dst} exists and is not an empty folder; choose another one, or pass --overwrite")
     model = hfpos.from_pretrained(src, dtype="auto")
     tokenizer = load_tokenizer(src)
-    hfpos.patch(model, chosen, tokenizer=tokenizer, prove=prove)
+    hfpos.patch(model, chosen, layers=None if layers is None else _value(layers), tokenizer=tokenizer, prove=prove)
     model.save_pretrained(dst)
     if tokenizer is not None:
         tokenizer.save_pretrained(dst)
@@ -92,7 +96,7 @@ def schemes() -> None:
     table = Table("scheme", "paper", "parameters", "what it does", box=None, header_style="bold")
     for name, cls in REGISTRY.as_dict().items():
         names = ", ".join((name, *cls.aliases))
-        parameters = ", ".join(map(_signature, dataclasses.fields(cls)))
+        parameters = ", ".join(_signature(field) for field in dataclasses.fields(cls) if field.compare)
         table.add_row(names, cls.paper, parameters or "none", cls.summary)
     _print(table)
 
@@ -146,10 +150,12 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="`overhead`, `attention`, `bloom`, `eval`, `train` or `all`.")] = "all",
+    name: Annotated[
+        str, typer.Argument(help="`overhead`, `attention`, `remapping`, `bloom`, `eval`, `train`, `scratch` or `all`.")
+    ] = "all",
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
 ) -> None:
-    """Measure hfpos against stock Transformers, side by side in one run; prints ratios. `attention`, `bloom` and `train` take some minutes each."""
+    """Measure hfpos against stock Transformers, side by side in one run; prints ratios. all but `overhead` and `eval` take some minutes each."""
     from hfpos.bench.run import run
 
     results = run(name)
@@ -179,11 +185,15 @@ def scheme_parameters(arguments: list[str]) -> dict[str, Any]:
         key = name.replace("-", "_")
         if key in parameters:
             raise PatchError(f"--{name} is given twice")
-        try:
-            parameters[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parameters[key] = {"true": True, "false": False}.get(value.lower(), value)
+        parameters[key] = _value(value)
     return parameters
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
-from hfpos.attention.learned import LEARNED
+from hfpos.attention.learned import LEARNED, TABLE
 from hfpos.plan import Attribute, set_attribute
 from hfpos.scheme import PatchError
 
@@ -41,8 +41,8 @@ class _GuardedConfig:
         values = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         marks = {"model_type": GUARD, _whole_number(type(self)): HINT}
         decoder = self.get_text_config(decoder=True)  # type: ignore[attr-defined]
-        if decoder is not self:  # the decoder's class would find its config inside this one
-            name = part_name(self, decoder)
+        for name in (name for name in self.sub_configs if getattr(self, name, None) is decoder):  # type: ignore[attr-defined]
+            # the decoder's class would find its config inside this one
             marks[name] = values[name] | {_whole_number(type(decoder)): HINT}
         # a key "model_type" inside the block would make Transformers take the block for the model's own config
         values[BLOCK] |= {OWN + key: values[key] for key in marks if key in values}
@@ -162,13 +162,14 @@ def mark_adapters(model: nn.Module, *args: Any) -> None:
     marked too. An adapter holds nothing else about positions, and would degrade in silence on a base without its scheme.
 
     Raises:
-        PatchError: a bias was trained beside an adapter that would not hold it.
+        PatchError: a bias or a table of positions was trained beside an adapter that would not hold it.
     """
     for name, module in model.named_modules() if getattr(model, "peft_config", None) else ():
-        if name.endswith(LEARNED) and any(weight.requires_grad for weight in module.parameters(recurse=False)):
+        own = name.rpartition(".")[2]
+        if own in (LEARNED, TABLE) and any(weight.requires_grad for weight in module.parameters(recurse=False)):
             raise PatchError(
                 f"the learned weights of the scheme ({name}) are trained, and the adapter would not hold them; patch first, then "
-                f"get_peft_model with modules_to_save=[{LEARNED!r}], or freeze them with requires_grad_(False)"
+                f"get_peft_model with modules_to_save=[{own!r}], or freeze them with requires_grad_(False)"
             )
     for adapter in getattr(model, "peft_config", {}).values():
         if not isinstance(adapter.__dict__.get("to_dict"), _MarkedAdapter):

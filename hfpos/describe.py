@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfpos.attention.fixed_rotary import FixedRotation
 from hfpos.attention.interface import backend_of, patched_backend
 from hfpos.families import REGISTRY, family_of
+from hfpos.families._layers import layer_types, listed
 from hfpos.families._rotary_module import frequency_names, scaling_name
 from hfpos.patching import language_model, record_of
 from hfpos.positions import PositionHook
+from hfpos.scheme import Bias
+from hfpos.schemes.encoder_decoder import EncoderDecoder
+from hfpos.schemes.per_layer import PerLayer
 
 
 if TYPE_CHECKING:
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hfpos.patching import Record
+    from hfpos.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Description:
         family: how hfpos sees it (`hfpos.families()`), or why it fits none.
         scheme: the registry name of the scheme in force.
         parameters: of the scheme; of an unpatched model, its config's rope parameters.
+        layers: which layers or stacks have what, where they differ; empty where all are alike.
         patched: whether hfpos put it there.
         proved: whether a probe showed that the patch moves the logits.
         trained_length: tokens of the pretraining, None where the model does not state it.
@@ -49,6 +56,7 @@ class Description:
     family: str
     scheme: str
     parameters: dict[str, Any]
+    layers: str
     patched: bool
     proved: bool
     trained_length: int | None
@@ -77,7 +85,11 @@ class Description:
         rows = {
             "model": f"{self.model} ({self.family})",
             "scheme": f"{self.scheme} ({state})",
-            "parameters": given if len(given) <= 100 else given[:97] + "...",
+            **(
+                {"layers": self.layers}
+                if self.layers
+                else {"parameters": given if len(given) <= 100 else given[:97] + "..."}
+            ),
             "seam": self.seam,
             "trained length": _tokens(self.trained_length),
             "length now": _tokens(self.patched_length),
@@ -131,7 +143,8 @@ def describe(model: nn.Module) -> Description:
         model=type(target).__name__,
         family=record.family,
         scheme=record.scheme.name,
-        parameters=record.scheme.parameters(),
+        parameters=_in_force(target, record.scheme).parameters(),
+        layers=_layers(target, record.scheme),
         patched=True,
         proved=record.proved,
         trained_length=record.geometry.trained_length,
@@ -161,13 +174,14 @@ def _describe_unpatched(
         family=family.name,
         scheme=native,
         parameters=dict(rope),
+        layers="",
         patched=False,
         proved=False,
         trained_length=geometry.trained_length,
         patched_length=geometry.allowed_length,
         logit_multiplier=scale**2,
         wavelengths=wavelengths,
-        seam="bias" if native == "alibi" else "freq" if wavelengths else "embed",
+        seam="bias" if native in ("alibi", "t5") else "freq" if wavelengths else "embed",
         backend=backend,
         path="",
         stock_loadable=True,
@@ -178,12 +192,33 @@ def _describe_unpatched(
 
 def _same_kind(record: Record) -> bool:
     """Whether the scheme is of the kind that the model was pretrained with: a rotation, a linear bias, a learned table."""
-    return isinstance(record.scheme, REGISTRY[record.family].trained_kind)
+    parts = record.scheme.distinct() if isinstance(record.scheme, (PerLayer, EncoderDecoder)) else [record.scheme]
+    return all(isinstance(part, REGISTRY[record.family].trained_kind) for part in parts)
+
+
+def _in_force(target: PreTrainedModel, scheme: Scheme) -> Scheme:
+    """The scheme in the form that attention in both directions has given it."""
+    family = family_of(target)
+    return family.bias_scheme(scheme) if isinstance(scheme, Bias) and family.bidirectional() else scheme
+
+
+def _layers(target: PreTrainedModel, scheme: Scheme) -> str:
+    """`0-2: its own; 3: nope()` for a scheme of its own in each layer."""
+    if isinstance(scheme, EncoderDecoder):
+        return f"encoder: {scheme.encoder or 'its own'}; decoder: {scheme.decoder or 'its own'}"
+    if not isinstance(scheme, PerLayer):
+        return ""
+    by_layer = scheme.of_layers(layer_types(family_of(target).config))
+    found = sorted({by_layer.index(each) for each in by_layer})
+    return "; ".join(
+        f"{listed(i for i, each in enumerate(by_layer) if each == by_layer[first])}: {by_layer[first] or 'its own'}"
+        for first in found
+    )
 
 
 def _stock_loadable(target: PreTrainedModel, record: Record) -> bool:
     block = getattr(target.config, "hfpos", None)
-    return hasattr(record.scheme, "resize") or bool(block and block["stock"])
+    return block is None or bool(block["stock"])  # a resized table needs no block
 
 
 def _path(decoder: Any, backend: str) -> str:
@@ -199,7 +234,9 @@ def _path(decoder: Any, backend: str) -> str:
 def _live_rotation(decoder: nn.Module) -> tuple[list[float], float]:
     """Frequencies (radians per token) and the factor on cos and sin, from whatever in the model rotates; ([], 1) if nothing does."""
     for hook in decoder._forward_pre_hooks.values():
-        tables = getattr(getattr(hook, "__self__", None), "rotation", None)
+        owner = getattr(hook, "__self__", None)
+        seam = getattr(owner, "seam", None)
+        tables = seam if isinstance(seam, FixedRotation) else getattr(owner, "rotation", None)
         if tables is not None:
             return tables.inv_freq.values.tolist(), tables.scale
     for module in decoder.children():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hfpos.families import family_of
+from hfpos.families._layers import in_layers, listed
+from hfpos.layer_proof import idle_layers
+from hfpos.probe import can_run, probe, without_trace
 from hfpos.scheme import Geometry, PatchError, Scheme
 from hfpos.schemes import REGISTRY
 
@@ -50,6 +52,7 @@ def patch(
     model: M,
     scheme: str | Scheme,
     *,
+    layers: str | Iterable[int] | Iterable[bool] | None = None,
     tokenizer: Any = None,
     prove: bool = True,
     backend: str = "auto",
@@ -63,6 +66,9 @@ def patch(
     Args:
         model: a Transformers model, bare or wrapped by PEFT, DDP and the like; on any device, also meta.
         scheme: a name from `hfpos.schemes()` with its `parameters` as keywords, or a scheme object, e.g. `Yarn(factor=4)`.
+        layers: the layers that get the scheme, the others stay as they are: indices, one True or False for each layer, or a type of layer
+            such as `"full_attention"` (`config.layer_types`). Unless given: all layers; where a model has rotary embeddings of its own for
+            each type of layer, a rotary scheme goes into those with full attention. The scheme `per_layer` gives several layers different ones.
         tokenizer: its `model_max_length` follows the patched length.
         prove: run the probe.
         backend: the attention implementation that a scheme of the bias or score seam stands on: `auto`, `sdpa`, `flex`,
@@ -70,8 +76,8 @@ def patch(
             never changes the mathematics. `describe` says what is used, and why.
 
     Raises:
-        PatchError: unknown scheme or parameter, a pair of scheme and model that makes no sense, conflicting lengths, a compiled
-            model, or a patch that did not move the logits.
+        PatchError: unknown scheme or parameter, a pair of scheme and model that makes no sense, conflicting lengths, layers that the model
+            does not have or that do not take the scheme, a compiled model, or a patch that did not move the logits.
 
     >>> import hfpos, transformers
     >>> config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=64,
@@ -89,6 +95,8 @@ def patch(
     if previous is not None:
         _undo(target, previous)
     try:
+        if layers is not None:
+            chosen = in_layers(chosen, layers, family_of(target))
         _patch(model, target, chosen, tokenizer, prove, backend)
     except BaseException:
         if previous is not None:
@@ -118,7 +126,7 @@ def patched(model: M, scheme: str | Scheme, **parameters: Any) -> Iterator[M]:
     """Patch for the length of a `with` block; whatever happens in it, the model comes out as it went in, patched or not.
 
     Args:
-        model, scheme, parameters: as for `patch`.
+        model, scheme, parameters: as for `patch`, `layers` and the like among the parameters.
     """
     target = language_model(model)
     before = record_of(target)
@@ -190,7 +198,7 @@ def _patch(
     proving = prove and can_run(target) and not family.is_unchanged(scheme, record.geometry)
     before = None
     if proving:
-        before = _probe(family, family.probe_positions(record.geometry))
+        before = probe(family, family.probe_positions(record.geometry))
         reference = family.unscaled_reference(scheme)
         if reference is not None:
             _prove_rotation(family_of(target), reference, model)
@@ -215,39 +223,6 @@ def _undo(target: PreTrainedModel, record: Record) -> None:
     delattr(target, RECORD)
 
 
-def can_run(model: nn.Module) -> bool:
-    """Whether a forward would work here and now: weights are there and whole, not on meta and not in shards."""
-    if hasattr(model, "hf_device_map"):
-        return True
-    return not any(
-        weight.is_meta or hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters()
-    )
-
-
-@torch.no_grad()
-def _probe(family: Family, positions: list[int] | None) -> torch.Tensor:
-    """The logits (8, vocabulary) of eight tokens, float32, without a trace: modes and remembered lengths are put back."""
-    model: Any = family.model
-    with without_trace(family):
-        embedding = model.get_input_embeddings()
-        device = embedding.weight.device if not embedding.weight.is_meta else torch.device("cpu")
-        ids = torch.arange(8, device=device)[None] * 7 % embedding.weight.shape[0]
-        given = {} if positions is None else {"position_ids": torch.tensor([positions], device=device)}
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)[0][0].float().cpu()
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 @contextlib.contextmanager
 def instead(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Let an instance have another method, `name`, for a while."""
@@ -262,21 +237,6 @@ def instead(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             setattr(module, name, own)
 
 
-@contextlib.contextmanager
-def without_trace(family: Family) -> Iterator[None]:
-    """Run the model in eval mode and leave it as it was: its modes, and what its modules remember from call to call."""
-    states = [(module, dict(module.__dict__)) for module in family.stateful_modules()]
-    with eval_mode(family.model):
-        try:
-            for module, attributes in states:
-                module._buffers = copy.deepcopy(attributes["_buffers"])
-            yield
-        finally:
-            for module, attributes in states:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-
-
 def afresh(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Run a model that finds nothing of earlier calls afterwards: stock rotary embeddings that follow the length remember the longest."""
     try:
@@ -288,11 +248,11 @@ def afresh(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 def _prove_rotation(family: Family, reference: Scheme, root: nn.Module) -> None:
     """Show that the rotation which attention is to take over is the family's own, in every layer."""
     near = list(range(8))
-    expected = _probe(family, near)
+    expected = probe(family, near)
     plan = family.plan(reference, root)
     plan.apply()
     try:
-        found = _probe(family, near)
+        found = probe(family, near)
     finally:
         plan.undo()
     tolerance = 0.05 if family.model.dtype in (torch.float16, torch.bfloat16) else 1e-3
@@ -305,7 +265,7 @@ def _prove_rotation(family: Family, reference: Scheme, root: nn.Module) -> None:
 
 def _prove(family: Family, record: Record, before: torch.Tensor) -> None:
     try:
-        after = _probe(family, family.probe_positions(record.geometry))
+        after = probe(family, family.probe_positions(record.geometry))
     except PatchError:
         raise
     except Exception as error:
@@ -316,7 +276,16 @@ def _prove(family: Family, record: Record, before: torch.Tensor) -> None:
         raise PatchError(
             f"{record.scheme} gives logits that are not finite on {type(family.model).__name__}; the model was left as it was"
         )
-    grows = hasattr(record.scheme, "resize")  # a longer table may keep its trained rows, which the probe looks at
+    idle = idle_layers(
+        family.decoder, family.changed_layers(), lambda: probe(family, family.probe_positions(record.geometry))
+    )
+    if idle:
+        raise PatchError(
+            f"layer{'s' if len(idle) > 1 else ''} {listed(idle)} of {type(family.model).__name__} ({family.name}) did not change under "
+            f"{record.scheme}: {'they do' if len(idle) > 1 else 'it does'} not rotate queries and keys, or have that scheme already; leave "
+            f"{'them' if len(idle) > 1 else 'it'} out of layers= (None in per_layer)"
+        )
+    grows = family.resizes(record.scheme)  # a longer table may keep its trained rows, which the probe looks at
     if torch.equal(before, after) and not grows:
         raise PatchError(
             f"{record.scheme} did not change the logits of {type(family.model).__name__} at positions beyond its trained length; the "

@@ -155,12 +155,16 @@ class PositionHook:
     Args:
         decoder: the module whose forward takes `input_ids`, `position_ids`, `attention_mask` and the cache.
         seam: handed to attention in each `Call`; None where attention is the model's own.
-        table: `(positions, width) -> rows` added to the token embeddings; None where nothing is.
+        table: `(positions, width) -> rows` added to the token embeddings, or the name of the decoder's module that gives rows of
+            positions, looked up in each call, as PEFT may have wrapped it; None where nothing is added.
         rotation: `positions -> (cos, sin)` for attention that rotates before it caches; None elsewhere.
         pins_prompt: keep each row's prompt length with the cache.
         passes_call: whether the decoder's layers take the `Call` as a keyword argument; else they fetch it from `self.call`, which
             is then always made.
         masks_packing: build the mask of packed documents here, for a decoder whose own mask code does not look at position ids.
+        bidirectional: its tokens attend to those behind them.
+        first: what the model's own position ids begin at; ours begin at 0.
+        padding: a token id that takes no place, for a model that sees its padding in the ids; None where only a mask tells.
     """
 
     def __init__(
@@ -168,11 +172,14 @@ class PositionHook:
         decoder: nn.Module,
         *,
         seam: Any = None,
-        table: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        table: Callable[[torch.Tensor, int], torch.Tensor] | str | None = None,
         rotation: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
         pins_prompt: bool = False,
         passes_call: bool = True,
         masks_packing: bool = False,
+        bidirectional: bool = False,
+        first: int = 0,
+        padding: int | None = None,
     ) -> None:
         self.arguments = [name for name in inspect.signature(type(decoder).forward).parameters if name != "self"]
         self.takes_position_ids = "position_ids" in self.arguments
@@ -182,8 +189,12 @@ class PositionHook:
         self.pins_prompt = pins_prompt
         self.passes_call = passes_call
         self.masks_packing = masks_packing
+        self.bidirectional = bidirectional
+        self.first = first
+        self.padding = padding
         self.outer_ids: torch.Tensor | None = None
         self.true_ids: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.call: Call | None = None
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -201,6 +212,11 @@ class PositionHook:
         if given is None:
             given, self.outer_ids = self.outer_ids, None
         shared = sharing(module)
+        if shared is not None and self.bidirectional:
+            raise PatchError(
+                f"{type(module).__name__} attends both ways, and its sequence is shared by several processes, which hfpos knows for causal models "
+                "only; give each process whole sequences"
+            )
         require_positions(shared, given, past)
         if given is not None:
             positions = given.to(device)
@@ -208,18 +224,22 @@ class PositionHook:
                 raise PatchError(
                     f"position_ids have shape {tuple(positions.shape)}; a patched model expects (batch, tokens), one position a token"
                 )
+            if self.first:
+                positions = (positions - self.first).clamp(min=0)
         elif mask is not None:
             positions = masked_positions(mask.to(device), past, shape[1])
+        elif self.padding is not None and kwargs.get("input_ids") is not None:
+            positions = masked_positions(kwargs["input_ids"] != self.padding, 0, shape[1]) + past
         else:
             if self.table is not None or (self.seam is not None and self.seam.absolute):
                 _refuse_hidden(kwargs.get("attention_mask"), past)
             positions = (torch.arange(shape[1], device=device) + past)[None]
 
-        self.true_ids = None
+        self.true_ids, self.positions = None, positions
         if given is not None and kwargs.get("attention_mask") is None and cache is None:
             self._close_gaps(module, positions, shape, kwargs)
         elif self.takes_position_ids and (given is not None or mask is not None):
-            kwargs["position_ids"] = positions
+            kwargs["position_ids"] = positions + self.first if self.first else positions
         if self.table is not None:
             self._add_table(self.table, module, positions, kwargs)
         if self.seam is not None or self.rotation is not None or not self.passes_call:
@@ -230,7 +250,7 @@ class PositionHook:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """The forward hook: leaves the positions of the keys with the cache."""
-        call, self.call, self.true_ids = self.call, None, None
+        call, self.call, self.true_ids, self.positions = self.call, None, None, None
         if call is None or call.seam is None:
             return
         cache = output.get("past_key_values") if hasattr(output, "get") else kwargs.get("past_key_values")
@@ -257,10 +277,13 @@ class PositionHook:
         closed = index - torch.where(begins, index, 0).cummax(-1).values + start
         self.true_ids = positions
         if self.takes_position_ids:
-            kwargs["position_ids"] = closed
+            kwargs["position_ids"] = closed + self.first if self.first else closed
+        if self.bidirectional:
+            self._mask_documents(module, begins, shape, kwargs)
+            return
         if kwargs.get("use_cache") is None and (torch.compiler.is_compiling() or bool(begins.any())):
             kwargs["use_cache"] = False  # transformers keeps packed documents apart only in a call without a cache
-        if self.masks_packing and not kwargs.get("use_cache"):
+        if self.masks_packing:
             from transformers.masking_utils import create_causal_mask
 
             like = torch.empty((*shape, 0), device=positions.device, dtype=next(module.parameters()).dtype)
@@ -268,13 +291,30 @@ class PositionHook:
                 module.config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=closed
             )
 
+    def _mask_documents(
+        self, module: Any, begins: torch.Tensor, shape: tuple[int, int], kwargs: dict[str, Any]
+    ) -> None:
+        """Where documents are packed into a row, the mask that keeps them apart, both ways."""
+        if not self.masks_packing or not (torch.compiler.is_compiling() or bool(begins.any())):
+            return
+        from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+
+        document = begins.cumsum(-1).expand(shape[0], -1)
+        like = torch.empty((*shape, 0), device=begins.device, dtype=next(module.parameters()).dtype)
+        apart = packed_sequence_mask_function(document)
+        kwargs["attention_mask"] = create_bidirectional_mask(module.config, like, None, and_mask_function=apart)
+
     @staticmethod
-    def _add_table(table: Callable, module: Any, positions: torch.Tensor, kwargs: dict) -> None:
-        embeds = kwargs.get("inputs_embeds")
+    def _add_table(table: Callable | str, module: Any, positions: torch.Tensor, kwargs: dict) -> None:
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = module.get_input_embeddings()(kwargs["input_ids"])
-        rows = table(positions.to(embeds.device), embeds.shape[-1])
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.dtype)
+            embeds = module.get_input_embeddings()(ids)
+        if ids is not None and getattr(module, "hidden_size_per_layer_input", None):
+            # Gemma 3n and 4 look ids up for each layer too, and get none below
+            kwargs["per_layer_inputs"] = module.get_per_layer_inputs(ids)
+        places = positions.to(embeds.device)
+        rows = getattr(module, table)(places) if isinstance(table, str) else table(places, embeds.shape[-1])
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds + rows.to(embeds.device, embeds.dtype)
 
     def _call(
         self, module: Any, positions: torch.Tensor, mask: Any, cache: Any, past: Any, batch: int, shared: Any

@@ -11,7 +11,7 @@ from hfpos.constant import exact
 from hfpos.scheme import PatchError
 
 
-CONVENTIONS = ("half", "interleaved")
+CONVENTIONS = ("half", "interleaved", "half_last", "interleaved_last")
 
 
 def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
@@ -42,12 +42,13 @@ def cos_sin(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, convention: str = "half") -> torch.Tensor:
-    """Rotate the first R dimensions of `x`; the rest passes through.
+    """Rotate R dimensions of `x`, the first or the last; the rest passes through.
 
     Args:
         x: (..., D) queries or keys; computed in float32 or wider, returned in its own dtype.
         cos, sin: (..., R/2), broadcast against `x` without its last dimension.
-        convention: `half` pairs dimension i with i + R/2 (LLaMA, GPT-NeoX), `interleaved` pairs 2i with 2i + 1 (GPT-J).
+        convention: `half` pairs dimension i with i + R/2 (LLaMA, GPT-NeoX), `interleaved` pairs 2i with 2i + 1 (GPT-J); with `_last` it is the
+            last R dimensions that are rotated (DeepSeek).
 
     >>> x = torch.tensor([[1.0, 0.0]])
     >>> c, s = cos_sin(torch.tensor([1]), torch.tensor([1.0]))
@@ -59,12 +60,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, convention: st
     half = cos.shape[-1]
     if 2 * half > x.shape[-1]:
         raise PatchError(f"cannot rotate {2 * half} dimensions of a head that has {x.shape[-1]}")
-    rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
-    if convention == "half":
+    pairing, _, last = convention.partition("_")
+    start = x.shape[-1] - 2 * half if last else 0
+    before, rotated, behind = x[..., :start], x[..., start : start + 2 * half], x[..., start + 2 * half :]
+    if pairing == "half":
         first, second = rotated[..., :half], rotated[..., half:]
     else:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     a, b = first * cos - second * sin, second * cos + first * sin
-    turned = torch.cat((a, b), dim=-1) if convention == "half" else torch.stack((a, b), dim=-1).flatten(-2)
+    turned = torch.cat((a, b), dim=-1) if pairing == "half" else torch.stack((a, b), dim=-1).flatten(-2)
     turned = turned.to(x.dtype)
-    return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
+    return turned if turned.shape[-1] == x.shape[-1] else torch.cat((before, turned, behind), dim=-1)

@@ -23,6 +23,8 @@ VOCABULARY = 128
 # The rotary families: grouped heads; sliding windows; parameters nested by type of layer; a quarter of each head rotated.
 ROTARY = {"llama": 8, "mistral": 8, "gemma3_text": 8, "gpt_neox": 2}  # and how many frequencies each has
 OWN_ATTENTION = ("bloom", "falcon", "mpt")  # which do not use Transformers' attention interface until they are patched
+# Remappings that go by where tokens stand, not only by how far apart they are.
+ABSOLUTE = ("dual_chunk", "lm_infinite", "streaming_llm")
 _LENGTHS = {
     "gpt2": {"n_positions": ORIGINAL},
     "bloom": {"seq_length": ORIGINAL},
@@ -44,7 +46,7 @@ class Pair:
         values = [
             f"{key}={value}"
             for key, value in self.parameters.items()
-            if not isinstance(value, list) and key != "original_length"
+            if not isinstance(value, (list, dict)) and key != "original_length"
         ]
         return "-".join((self.model_type, self.scheme, *values))
 
@@ -67,9 +69,14 @@ class Pair:
         return hfpos.schemes()[self.scheme].create(**self.parameters).seam in ("bias", "score")
 
     @property
+    def hides(self) -> bool:
+        """Whether some earlier tokens are not seen at all."""
+        return self.scheme in ("lm_infinite", "streaming_llm")
+
+    @property
     def relative(self) -> bool:
         """Whether only the distances between tokens matter, up to the original length at least. Groups are counted from position 0."""
-        return self.scheme not in ("sinusoidal", "learned", "self_extend", "fire")
+        return self.scheme not in ("sinusoidal", "learned", "self_extend", "fire", *ABSOLUTE)
 
 
 def unpatched(model_type: str, **overrides: Any) -> PreTrainedModel:
@@ -104,6 +111,14 @@ def _scalings(pairs: int, **common: Any) -> list[tuple[str, dict[str, Any]]]:
     return [*static, *exact, *pinned, *to_prompt]
 
 
+_REMAPPINGS: list[tuple[str, dict[str, Any]]] = [  # every boundary is within reach of a short text
+    ("rerope", {"window": 7}),
+    ("rerope", {"window": 7, "factor": 2.5}),
+    ("dual_chunk", {"chunk_size": 11, "local": 4}),
+    ("lm_infinite", {"window": 9, "sinks": 3}),
+    ("streaming_llm", {"window": 9, "sinks": 3}),
+    ("xpos", {"scale_base": 20}),
+]
 _OTHERS: list[tuple[str, dict[str, Any]]] = [("alibi", {}), ("nope", {}), ("sinusoidal", {})]
 _BIASES: list[tuple[str, dict[str, Any]]] = [  # fire's threshold is within reach; t5 knows keys behind a query
     ("kerple", {}),
@@ -125,10 +140,12 @@ PAIRS = [
             ("partial", {}),
             *_scalings(pairs),
             ("self_extend", {"factor": 4.0}),
+            *_REMAPPINGS,
             *_OTHERS,
             *_ONE_BIAS_EACH.get(model_type, _BIASES),
         ]
     ),
+    Pair("llama", "per_layer", {"schemes": {"full_attention": "yarn(factor=4)"}}),
     *(
         Pair("gpt2", scheme, parameters)
         for scheme, parameters in [

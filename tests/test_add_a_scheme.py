@@ -1,6 +1,6 @@
 """A new scheme is one file in the package of schemes, and nothing else; here it lies in a folder of its own."""
 
-import importlib
+import importlib.util
 import json
 import sys
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hfpos
+from hfpos.bench.examples import all_examples
 from hfpos.scheme import Scheme
 from tests.pairs import OWN_ATTENTION, tokens, unpatched
 from tests.schemes.test_golden import check_rotation
@@ -78,6 +79,28 @@ def test_a_file_is_all_that_a_scheme_needs(tmp_path):
         assert torch.equal(logits(hfpos.unpatch(model)), logits(unpatched(model_type)))
     with pytest.raises(hfpos.PatchError, match=r"slowed: divisor=0 is not usable; expected a finite number > 0"):
         hfpos.patch(unpatched("llama"), "slowed", divisor=0)
+
+
+def test_a_scheme_outside_of_the_package_is_entered_by_whoever_imports_it(tmp_path):
+    path = tmp_path / "slowed.py"
+    path.write_text(f"{SOURCE}\n\nREGISTRY.add(Slowed.name, Slowed, Slowed.aliases)\n", encoding="utf-8")
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 150
+    spec = importlib.util.spec_from_file_location("slowed", path)
+    module = importlib.util.module_from_spec(spec)
+    module.REGISTRY = hfpos.schemes.REGISTRY
+    sys.modules["slowed"] = module  # where dataclasses look types up
+    try:
+        spec.loader.exec_module(module)
+        assert all_examples()["slowed"] == module.Slowed(), "make matrix tries it without more ado"
+        model = hfpos.patch(unpatched("llama"), "slow", divisor=4)
+        model.save_pretrained(tmp_path / "saved")
+        again = hfpos.from_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(again, 60), logits(model, 60))
+    finally:
+        hfpos.schemes.REGISTRY.remove("slowed")
+        del sys.modules["slowed"]
+    with pytest.raises(hfpos.PatchError, match="unknown scheme 'slowed'"):
+        hfpos.from_pretrained(tmp_path / "saved")
 
 
 def test_it_is_gone_afterwards():

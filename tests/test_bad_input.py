@@ -28,7 +28,7 @@ CASES = [
         "'yarn' has no parameter 'attn_factor': did you mean 'attention_factor'?",
     ),
     ("llama", "nope", {"factor": 4}, "'nope' has no parameter 'factor': 'nope' takes no parameters"),
-    ("gpt2", "learned", {}, "'learned' needs target_length, which was not given"),
+    ("gpt2", "learned", {}, "learned: how long the table is to be is not given; pass target_length="),
     ("llama", "longrope", {"factor": 4}, "'longrope' needs short_factor and long_factor, which were not given"),
     # numbers
     *(
@@ -136,15 +136,10 @@ CASES = [
     (
         "llama",
         "learned",
-        {"target_length": 64},
-        "resizes a learned table of positions; rotary (LlamaForCausalLM) has none. Models with one: gpt2",
+        {"target_length": 64, "init": "interpolate"},
+        "learned: init='interpolate' is for a model that has a table of positions, and there is none to start from",
     ),
-    (
-        "bloom",
-        "learned",
-        {"target_length": 64},
-        "resizes a learned table of positions; bloom (BloomForCausalLM) has none",
-    ),
+    ("bloom", "learned", {}, "learned: how long the table is to be is not known; pass target_length="),
 ]
 
 
@@ -263,12 +258,13 @@ def test_config_without_theta():
 
 
 def test_models_that_fit_no_family():
-    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=16)
-    model = transformers.T5ForConditionalGeneration(config)
+    config = transformers.OpenAIGPTConfig(n_embd=16, n_head=2, n_layer=1, vocab_size=16, n_positions=8)
+    model = transformers.OpenAIGPTLMHeadModel(config)
     before = structure(model)
-    with pytest.raises(
-        hfpos.PatchError, match=r"T5ForConditionalGeneration fits no family \(.*bloom: .*rotary: it has no rotary"
-    ):
+    reasons = (
+        r"learned_table: it has no table of positions .*rotary: it has no rotary embedding.*the families are .*bloom"
+    )
+    with pytest.raises(hfpos.PatchError, match=rf"OpenAIGPTLMHeadModel fits no family \(.*{reasons}"):
         hfpos.patch(model, "yarn", factor=4)
     assert structure(model) == before
 

@@ -28,7 +28,7 @@ def chosen(*names: str) -> list[Pair]:
 
 
 EVERY_SCHEME = chosen(
-    *(f"llama-{scheme}" for scheme in sorted(hfpos.schemes()) if scheme != "learned"),
+    *(f"llama-{scheme}" for scheme in sorted(hfpos.schemes()) if scheme not in ("learned", "encoder_decoder")),
     *(
         "llama-dynamic-cache",
         "gpt2-learned",

@@ -38,7 +38,11 @@ def test_every_pair(pair):
         assert len(found.wavelengths) == (2 if pair.model_type == "gpt_neox" else 8)
         assert found.wavelengths[0] >= 2 * math.pi - 1e-5
     lines = str(found).splitlines()
-    assert [line.split("  ")[0] for line in lines[:3]] == ["model", "scheme", "parameters"]
+    assert [line.split("  ")[0] for line in lines[:3]] == [
+        "model",
+        "scheme",
+        "layers" if pair.scheme == "per_layer" else "parameters",
+    ]
     assert f"{pair.scheme} (patched, " in lines[1]
     assert all(len(line) < 140 for line in lines)
 

@@ -122,7 +122,7 @@ def test_a_chunk_behind_skipped_ids_sees_the_chunk_before_them(pair: Pair) -> No
         assert difference(logits, expected) < 2e-5
         moved = model(other, position_ids=positions, **options).logits
         assert difference(moved[:, :13], logits[:, :13]) < 1e-6
-        assert difference(moved[:, 14], logits[:, 14]) > 1e-2
+        assert pair.hides or difference(moved[:, 14], logits[:, 14]) > 1e-2
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)

@@ -203,8 +203,8 @@ class BiasedAttention(Seam):
         return self._sdpa(layer, inner)
 
     def _weights(self, module: Any, query: torch.Tensor, call: Call) -> dict[str, torch.Tensor]:
-        if call.weights is not None:
-            return weights_of_layer(call.weights, module.layer_idx, query.device)
+        if self.scheme.learned and call.weights is not None:
+            return weights_of_layer(call.weights, getattr(module, "layer_idx", 0), query.device)
         if query.dtype == torch.float64:
             return {name: value.to(query.device) for name, value in self.exact.items()}
         return {name: value.on(query.device) for name, value in self.constants.items()}
@@ -232,7 +232,7 @@ class BiasedAttention(Seam):
         if query.shape[2] > 1 or not self._same_in_all_layers(layer):
             return layer.by(inner, layer.additive_mask(dtype))
         sources = sight.mask, sight.q_positions, sight.k_positions
-        known = ("row", dtype, *map(id, sources))
+        known = ("row", id(self), dtype, *map(id, sources))
         if known not in memo:
             memo[known] = layer.additive_mask(dtype), sources  # while these are kept, their ids are their own
         return layer.by(inner, memo[known][0])

@@ -32,6 +32,25 @@ def full_mask(
     return mask
 
 
+def in_window(
+    mask: torch.Tensor | None, queries: int, keys: torch.Tensor, total: int | torch.Tensor, width: int
+) -> torch.Tensor:
+    """The mask (1 or B, 1, Q, K) without the keys that stand `width` tokens or more before the query.
+
+    Args:
+        mask: boolean or additive; None for a plain causal one.
+        queries: how many there are, the last of all tokens.
+        keys: (B, Hkv, K, D), with room for more in a static cache.
+        total: how many keys have been seen, those of this call included.
+    """
+    distances = torch.arange(queries, device=keys.device)[:, None] + (total - queries)
+    distances = distances - torch.arange(keys.shape[2], device=keys.device)
+    near = distances < width
+    if mask is None:
+        return (near & (distances >= 0))[None, None]
+    return mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, torch.finfo(mask.dtype).min)
+
+
 def bias_of(
     scheme: Bias,
     q_positions: torch.Tensor,

@@ -71,9 +71,11 @@ def _make(backend: str) -> Callable:
         hfpos: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if getattr(module, "is_cross_attention", False):  # whose keys stand in another text
+            return stock_function(backend, module)(module, query, key, value, attention_mask, **kwargs)
         if hfpos is not None and hfpos.part is not None and hfpos.part.mask is not None:
             attention_mask = hfpos.part.mask.to(query.device)
-        if hfpos is None and not getattr(module, "is_cross_attention", False):
+        if hfpos is None:
             raise PatchError(
                 f"{type(module).__name__} was called without the positions of its tokens: this family's layers do not hand keyword "
                 "arguments on to attention, so a bias or a cached rotation cannot reach it; use a scheme of the freq seam"
@@ -84,7 +86,9 @@ def _make(backend: str) -> Callable:
                 f"{type(module).__name__} attends to chosen keys only ({', '.join(chosen)}), which this scheme's attention would lose; use a "
                 "scheme of the freq seam"
             )
-        if hfpos is None or hfpos.seam is None:
+        if getattr(module, "ignores_position_bias", False):  # the model's own, which is switched off
+            kwargs.pop("position_bias", None)
+        if hfpos.seam is None:
             return stock_function(backend, module)(module, query, key, value, attention_mask, **kwargs)
         return hfpos.seam.attend(module, query, key, value, attention_mask, call=hfpos, backend=backend, **kwargs)
 

@@ -47,7 +47,7 @@ def check_mask(
         if not causal and not scheme.two_sided and queries > 1:
             _refuse_future(scheme)
         return None
-    known = ("mask", id(mask))
+    known = ("mask", id(mask), scheme.two_sided)
     if known not in memo:
         # with the mask itself: while it is kept, its id is its own
         memo[known] = mask, _checked(scheme, mask, queries, total)

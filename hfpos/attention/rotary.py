@@ -36,16 +36,16 @@ class LengthAwareRotation(Seam):
         scheme: gives the frequencies of a length.
         geometry: of the model.
         convention: how the family pairs dimensions, `half` or `interleaved`.
-        layer_type: rotate in layers of this type only, as the others keep their own rotation; None for all.
+        layers: those to rotate in, as the others keep what they have; None for all.
     """
 
     def __init__(
-        self, scheme: LengthAwareRope, geometry: Geometry, convention: str, layer_type: str | None = None
+        self, scheme: LengthAwareRope, geometry: Geometry, convention: str, layers: frozenset[int] | None = None
     ) -> None:
         self.scheme = scheme
         self.geometry = geometry
         self.convention = convention
-        self.layer_type = layer_type
+        self.layers = layers
         self.original_length = scheme.resolved_original(geometry)
 
     def act(

@@ -23,12 +23,12 @@ class Seam(ABC):
     """One way to act inside attention.
 
     Attributes:
-        layer_type: act in layers of this type only, as the others keep what they have; None for all.
+        layers: the layers to act in, as the others keep what they have; None for all.
         backends: the attention implementations that it can stand on.
         absolute: it goes by where tokens stand, not only by how far apart they are.
     """
 
-    layer_type: str | None = None
+    layers: frozenset[int] | None = None
     backends: tuple[str, ...] = ("sdpa", "eager")
     absolute: bool = True
 
@@ -73,7 +73,7 @@ class Seam(ABC):
             options: what the model hands to attention beside these.
         """
         inner = stock_function(backend, module)
-        if self.layer_type is not None and module.config.layer_types[module.layer_idx] != self.layer_type:
+        if self.layers is not None and module.layer_idx not in self.layers:
             return inner(module, query, key, value, mask, **options)
         positions = call.q_positions.to(query.device), call.keys_of_layer(key.shape[2]).to(query.device)
         return self.act(module, query, key, value, mask, positions, call=call, inner=inner, backend=backend, **options)

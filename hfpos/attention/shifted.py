@@ -19,8 +19,9 @@ from hfpos.attention.shifted_interface import NAMES, RUNNING, stands_on
 from hfpos.configuration import own_copy
 from hfpos.families import family_of
 from hfpos.families._family import calls_interface
-from hfpos.patching import afresh, can_run, eval_mode, language_model, refuse_compiled
+from hfpos.patching import afresh, language_model, refuse_compiled
 from hfpos.plan import ABSENT, Attribute, Hook, Plan
+from hfpos.probe import can_run, eval_mode
 from hfpos.scheme import PatchError, require_length
 
 

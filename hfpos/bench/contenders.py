@@ -126,6 +126,11 @@ def biased(layer: Layer, scheme: Bias, backend: str = "sdpa") -> Contender:
     return Contender(output, learned, layer)
 
 
+def alone(layer: Layer, scheme: Any) -> Contender:
+    """A scheme of the score seam as it is called without a model, on queries and keys that are not rotated."""
+    return Contender(lambda: scheme(*layer.tensors).transpose(1, 2), {}, layer)
+
+
 def by_extra_dimensions(layer: Layer, scheme: Bias) -> Contender:
     """The bias inside queries and keys, on Transformers' SDPA function: what a patched model does on a GPU."""
     weights, positions = layer.weights(scheme), (layer.q_positions, layer.k_positions)

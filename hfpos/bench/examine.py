@@ -63,17 +63,22 @@ def examine(model_type: str) -> Row:
         model = tiny_model(model_class)
         ids = longest_input(model)
     except Exception as error:  # a class that cannot be built is a row of the report, whatever the reason
-        row.problem = _first_line(error)
+        row.problem = first_line(error)
         return row
-    row.rope = model_type in _ROPE_WITHOUT_MODULE or bool(rotary_modules(model))
-    broken = [probe for probe in PROBES if _outcome(probe, model, ids)]
+    row.rope = has_rope(model)
+    broken = [probe for probe in PROBES if outcome(probe, model, ids)]
     row.skipped = [probe.__name__ for probe in broken]
     for seam in SEAMS:
         try:
             row.cells[seam] = try_seam(tiny_model(model_class), seam, ids, skip=broken)
         except Exception as error:
-            row.cells[seam] = Cell("fails", _first_line(error))
+            row.cells[seam] = Cell("fails", first_line(error))
     return row
+
+
+def has_rope(model: PreTrainedModel) -> bool:
+    """Whether the unpatched model has rotary positions."""
+    return model.config.model_type in _ROPE_WITHOUT_MODULE or bool(rotary_modules(model))
 
 
 def random_ids() -> torch.Tensor:
@@ -88,7 +93,7 @@ def longest_input(model: PreTrainedModel) -> torch.Tensor:
         try:
             complaint = probes.finite(model, ids[:, :length])
         except (IndexError, RuntimeError, ValueError) as error:
-            complaint = _first_line(error)
+            complaint = first_line(error)
         if complaint is None:
             return ids[:, :length]
     raise RuntimeError(f"unpatched forward: {complaint}")
@@ -102,9 +107,9 @@ def try_seam(model: PreTrainedModel, seam: str, ids: torch.Tensor, skip: Sequenc
         hfpos.patch(model, scheme, **parameters)
         refusal = ""
     except hfpos.PatchError as error:
-        refusal = _first_line(error)
+        refusal = first_line(error)
     except Exception as error:
-        return Cell("fails", f"patch: {_first_line(error)}")
+        return Cell("fails", f"patch: {first_line(error)}")
     if not refusal:
         if complaint := _silent(model, seam, ids, stock, expected) or _loud(model, ids, skip):
             return Cell("fails", complaint)
@@ -120,7 +125,7 @@ def _expected(model: PreTrainedModel, seam: str, ids: torch.Tensor) -> torch.Ten
         return alibi_logits(model, ids, factor=SEAMS["bias"][1]["factor"])
     if seam == "nope":
         return nope_logits(model, ids)
-    if seam == "score" and rotary_modules(model):  # dynamic scaling is the model's own RoPE up to the trained length
+    if seam == "score" and has_rope(model):  # dynamic scaling is the model's own RoPE up to the trained length
         return probes.logits(model, ids[:, :TRAINED_LENGTH])
     return None
 
@@ -130,7 +135,7 @@ def _silent(
 ) -> str | None:
     """Where the patched model computes something, but not what it was asked for. Leaves `model` patched as it was."""
     patched = probes.logits(model, ids)
-    if probes.difference(patched, stock) <= probes.MOVED:
+    if not _moves(model, seam, patched, stock):
         return "silent: the logits do not move"
     if seam == "freq" and getattr(model.config, "rope_parameters", None) and model.config.hfpos["stock"]:
         expected = _as_stock_loads_it(model, ids)
@@ -149,6 +154,15 @@ def _silent(
     return None
 
 
+def _moves(model: PreTrainedModel, seam: str, patched: torch.Tensor, stock: torch.Tensor) -> bool:
+    """Whether the patch shows. Where the unpatched model ends at its trained length, unscaled RoPE stands for it beyond."""
+    if seam == "score" and has_rope(model) and stock.shape[1] <= TRAINED_LENGTH:
+        patched = probes.logits(model, random_ids())
+        with hfpos.patched(model, "rope", prove=False):
+            stock = probes.logits(model, random_ids())
+    return probes.difference(patched, stock) > probes.MOVED
+
+
 def _as_stock_loads_it(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The logits of an unpatched model of the same weights, built from the rotary parameters of the patched config."""
     names = ("rope_parameters", "max_position_embeddings")
@@ -157,21 +171,23 @@ def _as_stock_loads_it(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tenso
 
 def _loud(model: PreTrainedModel, ids: torch.Tensor, skip: Sequence[Probe]) -> str | None:
     """The first probe that the patched model does not stand."""
-    if complaint := _outcome(probes.finite, model, random_ids()):
+    if complaint := outcome(probes.finite, model, random_ids()):
         return f"past the trained length: {complaint}"
     for probe in PROBES:
-        if probe not in skip and (complaint := _outcome(probe, model, ids)):
+        if probe not in skip and (complaint := outcome(probe, model, ids)):
             return f"{probe.__name__}: {complaint}"
     return None
 
 
-def _outcome(probe: Probe, model: PreTrainedModel, ids: torch.Tensor) -> str | None:
+def outcome(probe: Probe, model: PreTrainedModel, ids: torch.Tensor) -> str | None:
+    """What `probe` complains of, an error it ends in among it; None where it holds."""
     try:
         return probe(model, ids)
     except Exception as error:  # a probe that breaks is a finding, not the end of the sweep
-        return _first_line(error)
+        return first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error, with its class unless it is ours."""
     text = str(error).strip().split("\n", 1)[0]
     return text if isinstance(error, hfpos.PatchError) else f"{type(error).__name__}: {text}"

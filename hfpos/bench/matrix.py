@@ -1,4 +1,4 @@
-"""The table of the conformance sweep as Markdown, and its place in a file between two markers."""
+"""The tables of the conformance sweep as Markdown, and their places in a file, each between two markers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ from hfpos.scheme import PatchError
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from hfpos.bench.examine import Row
 
-BEGIN, END = "<!-- matrix:begin -->", "<!-- matrix:end -->"
 
+def replace_part(text: str, name: str, body: str) -> str:
+    """`text` with what stands between the markers of `name` replaced by `body`; raises PatchError where the markers are not there.
 
-def replace_matrix(text: str, body: str) -> str:
-    """`text` with what stands between the markers replaced by `body`; raises PatchError where the markers are not there.
-
-    >>> replace_matrix("a\\n<!-- matrix:begin -->\\nold\\n<!-- matrix:end -->\\nb", "new")
+    >>> replace_part("a\\n<!-- matrix:begin -->\\nold\\n<!-- matrix:end -->\\nb", "matrix", "new")
     'a\\n<!-- matrix:begin -->\\nnew\\n<!-- matrix:end -->\\nb'
     """
-    if BEGIN not in text or END not in text:
-        raise PatchError(f"no place for the table: expected a line {BEGIN} and after it a line {END}; add them")
-    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
-    return f"{head}{BEGIN}\n{body.strip()}\n{END}{tail}"
+    head, begin, rest = text.partition(f"<!-- {name}:begin -->")
+    _, end, tail = rest.partition(f"<!-- {name}:end -->")
+    if not begin or not end:
+        raise PatchError(
+            f"no place for the table: expected a line <!-- {name}:begin --> and after it a line <!-- {name}:end -->; add them"
+        )
+    return f"{head}{begin}\n{body.strip()}\n{end}{tail}"
+
+
+def part(text: str, name: str) -> str:
+    """What stands between the markers of `name`.
+
+    >>> part("a\\n<!-- matrix:begin -->\\nold\\n<!-- matrix:end -->\\nb", "matrix")
+    'old'
+    """
+    return text.partition(f"<!-- {name}:begin -->")[2].partition(f"<!-- {name}:end -->")[0].strip()
 
 
 def table(rows: list[Row]) -> str:
@@ -38,8 +48,8 @@ def table(rows: list[Row]) -> str:
     for row in built:
         outcome = ("yes" if row.rope else "no", *(cell.status for cell in row.cells.values()))
         outcomes.setdefault(outcome, []).append(row.model_type)
-    lines = [summary(rows), "", _line(["model types", "RoPE", *seams]), _line(["---"] * (2 + len(seams)))]
-    lines += [_line([_names(names), *outcome]) for outcome, names in sorted(outcomes.items(), key=_largest_first)]
+    lines = [summary(rows), "", line(["model types", "RoPE", *seams]), line(["---"] * (2 + len(seams)))]
+    lines += [line([_names(names), *outcome]) for outcome, names in sorted(outcomes.items(), key=_largest_first)]
     return "\n".join([*lines, "", *(f"- {note}" for note in [*_reasons(built), *_skipped(built), *_missing(rows)])])
 
 
@@ -49,8 +59,8 @@ def _reasons(rows: list[Row]) -> list[str]:
     for row in rows:
         for seam, cell in row.cells.items():
             if cell.note:
-                reasons.setdefault((cell.status, _plain(cell.note)), {})[row.model_type] = None
-                seams.setdefault((cell.status, _plain(cell.note)), {})[f"`{seam}`"] = None
+                reasons.setdefault((cell.status, plain(cell.note)), {})[row.model_type] = None
+                seams.setdefault((cell.status, plain(cell.note)), {})[f"`{seam}`"] = None
     return [
         f"{', '.join(seams[reason])} {reason[0]}: {reason[1]}: {_names(names)}"
         for reason, names in sorted(reasons.items(), key=_largest_first)
@@ -70,7 +80,7 @@ def _skipped(rows: list[Row]) -> list[str]:
 
 
 def _missing(rows: list[Row]) -> list[str]:
-    return [f"could not be built small: {row.model_type}: {_plain(row.problem)}" for row in rows if row.problem]
+    return [f"could not be built small: {row.model_type}: {plain(row.problem)}" for row in rows if row.problem]
 
 
 def _largest_first(group: tuple[object, Collection[str]]) -> int:
@@ -98,12 +108,13 @@ def _share(rows: list[Row], seam: str) -> str:
     return f"{works}/{len(rows)} ({100 * works / max(len(rows), 1):.0f} %)"
 
 
-def _plain(note: str, limit: int = 200) -> str:
+def plain(note: str, limit: int = 200) -> str:
     """A message without the name of the one class it is about, so that equal reasons are one, and fit for Markdown."""
-    note = re.sub(r"\b\w+(?=RotaryEmbedding|Attention|For[A-Z]|LMHeadModel|Model|Decoder)\w+", "the model", note)
+    note = re.sub(r"\b\w+(?=RotaryEmbedding|Attention|For[A-Z]|LMHeadModel|Model|Decoder|Stack)\w+", "the model", note)
     note = note.replace("|", "/").replace("<", "&lt;")
     return note if len(note) <= limit else f"{note[: limit - 3]}..."
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from hfpos.bench.probes import logits
+from hfpos.evaluate.attention_profile import attention_by
 from hfpos.schemes.alibi import alibi_slopes
 
 
@@ -30,9 +30,14 @@ def rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
+def rotary_tables(model: PreTrainedModel) -> list[Any]:
+    """The modules that rotate by a table of their own: for each position sin of all frequencies, then cos."""
+    return [module for module in model.modules() if isinstance(getattr(module, "embed_positions", None), torch.Tensor)]
+
+
 def nope_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits of `model` with the output of its rotary modules replaced by the identity; None where it has none."""
-    if not rotary_modules(model):
+    if not rotary_modules(model) and not rotary_tables(model):
         return None
     with _rotation_off(model):
         return logits(model, ids, use_cache=False)
@@ -63,12 +68,10 @@ def alibi_logits(model: PreTrainedModel, ids: torch.Tensor, factor: float) -> to
 
     if not rotary_modules(model):
         return None
-    backends = _backends(model)
     with ExitStack() as undo:
         undo.enter_context(_rotation_off(model))
-        undo.callback(_set_backends, backends)
         # Not under a name of its own: some models do more in their layers for the names they know.
-        _set_backends([(config, "eager") for config, _ in backends])
+        undo.enter_context(attention_by(model, "eager"))
         for family in {sys.modules[type(module).__module__] for module in model.modules()}:
             if eager := getattr(family, "eager_attention_forward", None):
                 undo.callback(setattr, family, "eager_attention_forward", eager)
@@ -79,28 +82,20 @@ def alibi_logits(model: PreTrainedModel, ids: torch.Tensor, factor: float) -> to
 
 @contextmanager
 def _rotation_off(model: PreTrainedModel) -> Iterator[None]:
-    handles = [module.register_forward_hook(_identity) for module in rotary_modules(model)]
-    try:
+    with ExitStack() as undo:
+        for module in rotary_modules(model):
+            undo.callback(module.register_forward_hook(_identity).remove)
+        for module in rotary_tables(model):
+            table = module.embed_positions
+            undo.callback(setattr, module, "embed_positions", table)
+            half = table.shape[1] // 2
+            module.embed_positions = torch.cat(
+                (torch.zeros_like(table[:, :half]), torch.ones_like(table[:, half:])), 1
+            )
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _identity(module: nn.Module, arguments: tuple, output: Any) -> Any:
     if isinstance(output, tuple):
         return torch.ones_like(output[0]), torch.zeros_like(output[1])
     return torch.ones_like(output) if output.is_complex() else output
-
-
-def _backends(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
-    """Every config in the model with its attention implementation, outer ones first, as they set those inside them too."""
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    return [
-        (config, config._attn_implementation) for config in configs.values() if isinstance(config, PreTrainedConfig)
-    ]
-
-
-def _set_backends(backends: list[tuple[PreTrainedConfig, str]]) -> None:
-    for config, name in backends:
-        config._attn_implementation = name

@@ -1,10 +1,12 @@
-"""What must hold of any causal language model, patched or not: one function a property, each returning a complaint or None.
+"""What must hold of any language model, patched or not: one function a property, each returning a complaint or None.
 
-They see a model only from outside, through `input_ids` and `attention_mask`, as a user does.
+They see a model only from outside, through `input_ids` and `attention_mask`, as a user does. An encoder-decoder reads the same tokens
+in both stacks.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,10 +23,20 @@ STEPS = 8
 PADDING = 6
 
 
+def reads_a_source(model: PreTrainedModel) -> bool:
+    """Whether the model is an encoder-decoder."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
 def logits(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Float32 logits (B, Q, V) of token ids (B, Q), without a graph."""
     with torch.no_grad():
-        return model(input_ids=ids, **arguments).logits.float()
+        return _run(model, ids, **arguments).logits.float()
+
+
+def _run(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> Any:
+    target = {"decoder_input_ids": ids} if reads_a_source(model) else {}
+    return model(input_ids=ids, **(target | arguments))
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -58,12 +70,15 @@ def decoding(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
     first = ids.shape[1] - STEPS
     found = []
     with torch.no_grad():
-        output = model(input_ids=ids[:, :first], use_cache=True)
-        cache = output.past_key_values
+        words, given = "input_ids", {}
+        if reads_a_source(model):
+            words, given = "decoder_input_ids", {"encoder_outputs": model.get_encoder()(input_ids=ids)}
+        output = model(**{words: ids[:, :first]}, **given, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
         if cache is None:
             return "returns no cache"
         for index in range(first, ids.shape[1]):
-            output = model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+            output = model(**{words: ids[:, index : index + 1]}, **given, past_key_values=cache, use_cache=True)
             found.append(output.logits.float())
     return _complaint(torch.cat(found, dim=1), logits(model, ids)[:, first:])
 
@@ -72,9 +87,20 @@ def left_padding(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
     """Padding on the left, told by `attention_mask` only, leaves a row's last logits as they are without it."""
     padded, mask = ids.repeat(2, 1), torch.ones(2, ids.shape[1], dtype=torch.long)
     padded[1, :PADDING], mask[1, :PADDING] = 0, 0
-    found = logits(model, padded, attention_mask=mask)[:, -1]
-    alone = torch.cat((logits(model, ids)[:, -1], logits(model, ids[:, PADDING:])[:, -1]))
+    both, one = ({"decoder_input_ids": each} if reads_a_source(model) else {} for each in (ids.repeat(2, 1), ids))
+    found = logits(model, padded, attention_mask=mask, **both)[:, -1]
+    alone = torch.cat((logits(model, ids)[:, -1], logits(model, ids[:, PADDING:], **one)[:, -1]))
     return _complaint(found, alone)
+
+
+def right_padding(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
+    """Padding on the right, told by `attention_mask`, leaves all logits as they are without it, also of a model that sees all tokens."""
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[:, -PADDING:], mask[:, -PADDING:] = 0, 0
+    short = ids[:, :-PADDING]
+    target = {"decoder_input_ids": short} if reads_a_source(model) else {}
+    found = logits(model, padded, attention_mask=mask, **target)[:, : short.shape[1]]
+    return _complaint(found, logits(model, short))
 
 
 def generation(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
@@ -103,7 +129,7 @@ def generation(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
 def gradients(model: PreTrainedModel, ids: torch.Tensor) -> str | None:
     """A backward pass gives finite gradients, and not only zeros."""
     model.zero_grad()
-    output = model(input_ids=ids).logits
+    output = _run(model, ids).logits
     cross_entropy(output[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
     given = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()

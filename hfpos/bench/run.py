@@ -9,7 +9,7 @@ from hfpos.report.provenance import provenance
 from hfpos.scheme import PatchError, did_you_mean
 
 
-BENCHMARKS = ("overhead", "attention", "bloom", "eval", "train")
+BENCHMARKS = ("overhead", "attention", "remapping", "bloom", "eval", "train", "scratch")
 
 
 def run(name: str = "all") -> dict[str, Any]:

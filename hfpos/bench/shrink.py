@@ -97,6 +97,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"head_dim": 32, "n_groups": 1},
+    "mimo_v2_flash": {"head_dim": 24, "swa_head_dim": 24},  # a third of it is rotated
     "ministral": {"head_dim": 16},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},

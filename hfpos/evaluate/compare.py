@@ -14,6 +14,7 @@ from torch import nn
 from hfpos.data.documents import DocumentSet, digest
 from hfpos.describe import Description, describe
 from hfpos.evaluate.arguments import bos_id, check_documents, check_lengths, size_with_bos, strides
+from hfpos.evaluate.attention_profile import AttentionProfile, attention_profile
 from hfpos.evaluate.journal import fingerprint
 from hfpos.evaluate.pattern import pattern, wavelengths
 from hfpos.evaluate.perplexity import perplexity
@@ -44,6 +45,7 @@ def compare(
     aggregate: Literal["tokens", "windows"] = "tokens",
     tolerance: float = 0.01,
     retrieval: Sequence[Probe] = (),
+    attention: int | None = None,
     tokenizer: Any = None,
     batch_size: int | Literal["auto"] = "auto",
     chunk: int | None = None,
@@ -66,6 +68,7 @@ def compare(
         factor: how far to extend, for schemes that have to be told; longest / trained length unless given.
         tolerance: for the effective context: how much worse than the best shorter length still counts as held.
         retrieval: tests to run under every scheme, each `model -> RetrievalResult`.
+        attention: measure where attention looks, too, in so many tokens of the first documents (see `attention_profile`).
         name: what the model is called in the results; its class unless given.
         progress: show what is running on stderr.
 
@@ -107,13 +110,18 @@ def compare(
             progress=progress,
         )
 
+    def look(reach: int | None) -> AttentionProfile | None:
+        return (
+            None if attention is None else attention_profile(model, data.documents, min(attention, reach or attention))
+        )
+
     runs: list[Run] = []
     refused: dict[str, str] = {}
     console = Console(stderr=True, quiet=not (progress and is_main()))
     for entry in chosen:
         console.print(f"{entry.label} ...", markup=False, highlight=False)
         try:
-            runs.append(_run(model, entry, measure, wanted, found, retrieval))
+            runs.append(_run(model, entry, measure, wanted, found, retrieval, look))
         except PatchError as error:
             if entry.label == REFERENCE:
                 raise
@@ -167,6 +175,7 @@ def _run(
     lengths: list[int],
     unpatched: Description,
     retrieval: Sequence[Probe],
+    look: Callable[[int | None], AttentionProfile | None],
 ) -> Run:
     """Measure the model under one scheme."""
     start = time.perf_counter()
@@ -179,6 +188,7 @@ def _run(
             scheme=REFERENCE if entry.scheme is None else entry.scheme.name,
             parameters=found.parameters,
             needs_training=found.needs_training,
+            profile=look(found.table_length),
             perplexity=measure(lengths),
             retrieval=tuple(test(model) for test in retrieval),
             wavelengths=wavelengths(model, lengths[-1]),

@@ -15,11 +15,15 @@ from hfpos.families import family_of
 from hfpos.patching import language_model, record_of
 from hfpos.report.results import Pattern
 from hfpos.scheme import Bias
+from hfpos.schemes._remapping import Remapping
 from hfpos.schemes.alibi import Alibi
+from hfpos.schemes.xpos import XPos
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hfpos.patching import Record
 
 POINTS = 64
 
@@ -33,7 +37,7 @@ def pattern(model: nn.Module, length: int) -> Pattern | None:
     """What is done to the logits of keys 1 to `length` tokens away; None where positions do not act inside attention.
 
     For a rotation with frequencies f (one a pair) and logit multiplier m it is `m * mean(cos(distance * f))`, the logit of a query and a key
-    whose pairs are all alike, with 1 for m = 1 at distance 0; for a bias it is what is added to the logit, which is not the same for all heads.
+    whose pairs are all alike, with 1 for m = 1 at distance 0, and each pair as it has decayed; for a bias it is what is added to the logit, which is not the same for all heads.
     """
     target = language_model(model)
     distances = np.unique(np.geomspace(1, max(length - 1, 1), POINTS).round().astype(int))
@@ -45,11 +49,15 @@ def pattern(model: nn.Module, length: int) -> Pattern | None:
         bias = _biases(target, scheme, distances, length)
         rows = bias.min(0).values, bias.median(0).values, bias.max(0).values
         return Pattern("bias", tuple(distances.tolist()), *(tuple(row.tolist()) for row in rows))
+    if record is not None and record.scheme.seam in ("layers", "stacks"):
+        return None  # which are not all alike
     inv_freq, multiplier = _frequencies(model, length)
     if not inv_freq:
         return None
-    seen = _distances_seen(model, distances, length)
-    curve = tuple((multiplier * np.cos(np.outer(seen, inv_freq)).mean(1)).tolist())
+    distances, seen_at = _seen(record, distances, length)
+    decay = _decay(record, len(inv_freq))
+    by_pair = np.power.outer(decay, seen_at).T * np.cos(np.outer(seen_at, inv_freq))
+    curve = tuple((multiplier * by_pair.mean(1)).tolist())
     return Pattern("rotation", tuple(distances.tolist()), curve, curve, curve)
 
 
@@ -70,18 +78,21 @@ def _biases(target: PreTrainedModel, scheme: Bias, distances: np.ndarray, length
     return torch.cat(found)
 
 
-def _distances_seen(model: nn.Module, distances: np.ndarray, length: int) -> np.ndarray:
-    """How far away the last of `length` tokens sees the keys that are `distances` away."""
-    record = record_of(language_model(model))
-    if record is None or not hasattr(record.scheme, "far_positions"):
-        return distances
-    scheme: Any = record.scheme
-    last = torch.tensor(length - 1)
-    query, keys = (
-        scheme.far_positions(record.geometry, at)[side]
-        for side, at in enumerate((last, last - torch.from_numpy(distances)))
-    )
-    return np.where(distances < scheme.resolved_window(record.geometry), distances, (query - keys).numpy())
+def _seen(record: Record | None, distances: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the `distances` at which the last of `length` tokens sees a key, and how far away it sees that."""
+    if record is None or not isinstance(record.scheme, Remapping):
+        return distances, distances
+    last = torch.tensor([[length - 1]])
+    found, seen = record.scheme.distances(record.geometry, last, last - torch.from_numpy(distances)[None])
+    kept = seen[0, 0].numpy()
+    return distances[kept], found[0, 0].numpy()[kept]
+
+
+def _decay(record: Record | None, pairs: int) -> np.ndarray:
+    """What each rotated pair is multiplied by for every token of distance."""
+    if record is None or not isinstance(record.scheme, XPos):
+        return np.ones(pairs)
+    return record.scheme.decay(record.geometry).numpy()
 
 
 def _frequencies(model: nn.Module, length: int) -> tuple[list[float], float]:

@@ -29,7 +29,8 @@ from hfpos.evaluate.result import PerplexityResult, Skipped
 from hfpos.evaluate.scoring import TokenScorer
 from hfpos.evaluate.tally import bucket_edges, score
 from hfpos.evaluate.windows import Bos, Window, sliding, truncated
-from hfpos.patching import eval_mode, language_model
+from hfpos.patching import language_model
+from hfpos.probe import eval_mode
 from hfpos.scheme import PatchError
 from hfpos.version import __version__
 

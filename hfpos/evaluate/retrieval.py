@@ -15,7 +15,8 @@ from torch import nn
 
 from hfpos.evaluate.arguments import check_lengths
 from hfpos.evaluate.processes import gather, is_main, share
-from hfpos.patching import afresh, eval_mode
+from hfpos.patching import afresh
+from hfpos.probe import eval_mode
 from hfpos.scheme import PatchError
 
 

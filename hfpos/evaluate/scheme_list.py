@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
 from dataclasses import dataclass
 
 from hfpos.scheme import PatchError, Scheme
 from hfpos.schemes import REGISTRY
+from hfpos.schemes._nested import name_and_parameters
 
 
 REFERENCE = "none"
@@ -68,12 +68,8 @@ def _split(text: str) -> list[str]:
 
 
 def _scheme(text: str, factor: float | None, trained: int | None) -> Scheme:
-    matched = re.fullmatch(r"(\w+)\s*(?:\((.*)\))?", text.strip())
-    if matched is None:
-        raise PatchError(f"{text!r} is not a scheme; expected a name, or name(parameter=value, ...)")
-    name, inside = matched.groups()
+    name, parameters = name_and_parameters(text)
     cls = REGISTRY[name]
-    parameters = _parameters(text, inside or "")
     open_fields = {field.name for field in dataclasses.fields(cls) if field.default in (None, dataclasses.MISSING)}
     if factor is not None and not HOW_FAR & parameters.keys():
         if "factor" in open_fields:
@@ -81,15 +77,3 @@ def _scheme(text: str, factor: float | None, trained: int | None) -> Scheme:
         elif "target_length" in open_fields and trained is not None:
             parameters["target_length"] = round(factor * trained)
     return cls.create(**parameters)
-
-
-def _parameters(text: str, inside: str) -> dict:
-    try:
-        call = ast.parse(f"f({inside})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("expected name=value")
-        return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise PatchError(
-            f"{text!r}: {error}; expected parameters as Python writes them, e.g. dynamic(cache='pinned')"
-        ) from error

@@ -28,5 +28,9 @@ def family_of(model: PreTrainedModel) -> Family:
         reason = family.refuses(model)
         if reason is None:
             return family(model)
-        reasons.append(f"{family.name}: {reason}")
-    raise PatchError(f"{type(model).__name__} fits no family ({'; '.join(reasons)})")
+        if not reason.startswith("it is not a"):  # families of one kind of model say no more than that
+            reasons.append(f"{family.name}: {reason}")
+    known = ", ".join(sorted(family.name for family in candidates))
+    raise PatchError(
+        f"{type(model).__name__} fits no family ({'; '.join(reasons)}), so hfpos cannot patch it; the families are {known}"
+    )

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
-import inspect
+import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfpos.attention.bias import BiasedAttention
+from hfpos.attention.fixed_rotary import FixedRotation
 from hfpos.attention.interface import patched_backend
-from hfpos.attention.learned import LEARNED, LearnedBias
-from hfpos.attention.near_far import NearFarRotation
-from hfpos.attention.rotary import LengthAwareRotation
+from hfpos.attention.layered import LayeredSeam
+from hfpos.attention.learned import LEARNED, TABLE, LearnedBias
+from hfpos.attention.score import score_rotation
 from hfpos.configuration import BLOCK, changed_values, guard, mark_adapters, own_copy
+from hfpos.families._directions import attention_modules, both_ways, looks_both_ways, refuse_both_ways
+from hfpos.families._layers import layer_types
 from hfpos.plan import Added, Attribute, Hook, Plan, own_attribute, set_attribute
 from hfpos.positions import PositionHook
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, Rope, Scheme
+from hfpos.schemes.learned import Learned
+from hfpos.schemes.per_layer import PerLayer
 from hfpos.version import __version__
 
 
@@ -32,10 +37,7 @@ if TYPE_CHECKING:
 
 def calls_interface(decoder: nn.Module) -> bool:
     """Whether attention goes through Transformers' attention interface, which is where a bias or a late rotation gets in."""
-    forwards = (inspect.unwrap(type(module).forward) for module in decoder.modules())
-    return any(
-        "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards if inspect.isfunction(forward)
-    )
+    return bool(attention_modules(decoder))
 
 
 class Family(ABC):
@@ -50,12 +52,14 @@ class Family(ABC):
     trained_kind: ClassVar[type[Scheme]] = Scheme
     seams: ClassVar[tuple[str, ...]] = ("freq", "score", "bias", "embed", "none")
     hook_options: ClassVar[dict[str, Any]] = {}
+    outside_attention: ClassVar[str] = "a scheme of the freq seam"
 
     def __init__(self, model: PreTrainedModel) -> None:
         # Any: what a model holds beside its weights is known to its family, not to a type checker
         self.model: Any = model
         self.decoder: Any = self.find_decoder(model)
         self.config: Any = self.decoder.config
+        self.last_position = sys.maxsize  # that the planned patch has a row of a table for; else nothing ends
 
     @classmethod
     @abstractmethod
@@ -83,8 +87,8 @@ class Family(ABC):
     def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         """For the freq seam: the edits, whether stock Transformers reloads the result equal, and options of the `PositionHook`."""
 
-    def score_rotation(self) -> tuple[str, str | None]:
-        """For the score seam: how the family pairs the dimensions it rotates, and the type of layer to rotate (None: all)."""
+    def score_rotation(self) -> tuple[str, frozenset[int] | None]:
+        """For the score seam: which dimensions the family rotates and how it pairs them, and the layers to rotate in (None: all)."""
         return "half", None
 
     def unscaled_frequencies(self, geometry: Geometry) -> torch.Tensor:
@@ -93,10 +97,7 @@ class Family(ABC):
 
     def score_seam(self, scheme: Any, geometry: Geometry) -> Any:
         """For the score seam: what acts inside attention, by what the scheme has to say."""
-        rotation = self.score_rotation()
-        if hasattr(scheme, "far_positions"):
-            return NearFarRotation(scheme, geometry, *rotation, self.unscaled_frequencies(geometry))
-        return LengthAwareRotation(scheme, geometry, *rotation)
+        return score_rotation(scheme, geometry, *self.score_rotation(), self.unscaled_frequencies(geometry))
 
     def probe_positions(self, geometry: Geometry) -> list[int] | None:
         """Eight positions for the proof, some beyond the trained length; None where the unpatched model takes no position ids."""
@@ -111,16 +112,24 @@ class Family(ABC):
         """Modules of the unpatched model that remember something from call to call; the proof puts them back as they were."""
         return []
 
+    def lengthen_tables(self, length: int) -> None:  # noqa: B027
+        """Make what the unpatched `stateful_modules` keep for each position reach `length` tokens, for the proof."""
+
     def length_dependent(self) -> bool:
         """Whether in the unpatched model a token's output depends on tokens behind it, through the length of the call."""
         return False
 
     def resize_edits(self, scheme: Any, config: PreTrainedConfig) -> list[Edit]:
-        """For a learned table: the edits that resize it."""
-        raise PatchError(
-            f"{scheme.name!r} resizes a learned table of positions; {self.name} ({type(self.model).__name__}) has none. Models with "
-            "one: gpt2"
-        )
+        """For a family whose native scheme is `learned`: the edits that resize its table."""
+        raise TypeError(f"{type(self).__name__} does not resize its table of positions")
+
+    def resizes(self, scheme: Scheme) -> bool:
+        """Whether `scheme` is put in by resizing the model's own table of positions, so that the model stays a stock one."""
+        return scheme.name == self.native() == "learned"
+
+    def changed_layers(self) -> list[int]:
+        """For a scheme of its own in each layer: those that must then give another output, which the proof looks at one by one."""
+        return []
 
     def is_unchanged(self, scheme: Scheme, geometry: Geometry) -> bool:
         """Whether `scheme` with its parameters leaves this model's outputs as they are."""
@@ -134,13 +143,59 @@ class Family(ABC):
         """The edits that let this family's layers take a `Call`."""
         return []
 
+    def bidirectional(self) -> bool:
+        """Whether tokens attend to those behind them."""
+        return looks_both_ways(self.decoder)
+
+    def position_options(self) -> dict[str, Any]:
+        """Options of the `PositionHook`, whatever the scheme."""
+        return {**self.hook_options, "bidirectional": self.bidirectional()}
+
+    def learned_start(self, scheme: Bias, geometry: Geometry) -> dict[str, torch.Tensor]:
+        """What the weights of a learned bias start from."""
+        return scheme.weights(geometry)
+
     def reaches_attention(self) -> bool:
         """Whether a scheme can act inside this family's attention."""
         return calls_interface(self.decoder)
 
     def bias_scheme(self, scheme: Bias) -> Bias:
         """For the bias seam: `scheme` with what this family's own bias has that the paper's has not, where nothing was given instead."""
-        return scheme
+        return both_ways(scheme, self.model) if self.bidirectional() else scheme
+
+    def default_layers(self, scheme: Scheme) -> list[int]:
+        """The layers that get `scheme` where the user names none."""
+        return list(range(len(layer_types(self.config))))
+
+    def own_seam(self, geometry: Geometry) -> Seam | None:
+        """For a layer that keeps its own positions while others change: what acts in it once the model's own are off."""
+        raise PatchError(
+            f"{type(self.model).__name__} ({self.name}) gives its positions to all layers at once, so single layers cannot keep them; give every "
+            'layer a scheme: hfpos.patch(model, "per_layer", schemes=[...])'
+        )
+
+    def layer_seam(self, scheme: Any, geometry: Geometry) -> Seam | None:
+        """What acts in one layer with `scheme` (None: its own positions) once the model's own are off; None where nothing does."""
+        if scheme is None:
+            return self.own_seam(geometry)
+        if scheme.seam == "freq":
+            return FixedRotation(*scheme.frequencies(geometry))
+        if scheme.seam == "bias":
+            return BiasedAttention(self.bias_scheme(scheme), geometry)
+        return self.score_seam(scheme, geometry) if scheme.seam == "score" else None
+
+    def layered_edits(
+        self, schemes: list[Scheme | None], geometry: Geometry, config: Any
+    ) -> tuple[list[Edit], list[Seam | None]]:
+        """For a scheme of its own in each layer: the edits, and what acts in each layer."""
+        for scheme in schemes:
+            if scheme is not None:
+                scheme.check(geometry)
+        seams: list[Seam | None] = []
+        for number, scheme in enumerate(schemes):
+            alike = schemes.index(scheme)
+            seams.append(seams[alike] if alike < number else self.layer_seam(scheme, geometry))
+        return self.positions_off(config), seams
 
     def plan(self, scheme: Scheme, root: nn.Module, tokenizer: Any = None, backend: str = "auto") -> Plan:
         """Every edit that puts `scheme` into the model. Raises `PatchError` and changes nothing where that cannot work.
@@ -152,24 +207,22 @@ class Family(ABC):
             backend: the attention implementation to stand on.
         """
         geometry = self.geometry()
-        if scheme.seam not in self.seams:
-            raise PatchError(
-                f"{scheme.name!r} acts at the {scheme.seam!r} seam; {self.name} ({type(self.model).__name__}) offers only: "
-                f"{', '.join(self.seams)}"
-            )
-        if scheme.seam in ("bias", "score") and not self.reaches_attention():
-            raise PatchError(
-                f"{scheme.name!r} acts inside attention, and {type(self.model).__name__} does not use Transformers' attention interface; use a "
-                "scheme of the freq seam"
-            )
+        for each in scheme.distinct() if isinstance(scheme, PerLayer) else [scheme]:
+            self._check_seam(each)
         scheme.check(geometry)
         whole, config, copied = own_copy(root, self.model.config, self.config)
         edits: list[Edit] = [*copied]
         length = scheme.patched_length(geometry)
         edits += self._length_edits(length, config)
-        options: dict[str, Any] = dict(self.hook_options)
+        options: dict[str, Any] = self.position_options()
         stock = False
-        if hasattr(scheme, "resize"):
+        if isinstance(scheme, PerLayer):
+            layered, seams = self.layered_edits(scheme.of_layers(layer_types(self.config)), geometry, config)
+            edits += layered
+            if any(seams):
+                options |= {"seam": LayeredSeam(seams), "pins_prompt": scheme.pins_prompt}
+                edits += self._learned_edits(self._learned_of(scheme), geometry)
+        elif self.resizes(scheme):
             edits += self.resize_edits(scheme, config)
             stock = True
         elif scheme.seam == "freq":
@@ -183,6 +236,9 @@ class Family(ABC):
             elif scheme.seam == "score":
                 options["seam"] = self.score_seam(scheme, geometry)
                 options["pins_prompt"] = getattr(scheme, "pins_prompt", False)
+            elif isinstance(scheme, Learned):
+                edits += self._table_edits(scheme, length)
+                options["table"] = TABLE
             elif scheme.seam == "embed":
                 options["table"] = scheme.table  # type: ignore[attr-defined]
         if options.get("seam") is not None:
@@ -197,8 +253,7 @@ class Family(ABC):
         edits.append(Hook(self.decoder, "register_forward_hook", hook.after, {"with_kwargs": True}))
         edits += self.layer_edits(hook)
         edits.append(Hook(self.model, "register_state_dict_pre_hook", mark_adapters))
-        if tokenizer is not None and length is not None:
-            edits.append(Attribute(tokenizer, "model_max_length", tokenizer.model_max_length, length))
+        edits += self._tokenizer_edits(tokenizer, length)
         self._mark(scheme, whole, stock)
         return Plan(tuple(edits))
 
@@ -211,18 +266,50 @@ class Family(ABC):
         own = self.backend() or "sdpa"
         return patched_backend(seam.best(own) if wanted == "auto" else wanted, seam.backends)
 
-    def _learned_edits(self, scheme: Bias, geometry: Geometry) -> list[Edit]:
+    def _check_seam(self, scheme: Scheme) -> None:
+        if scheme.seam not in self.seams:
+            raise PatchError(
+                f"{scheme.name!r} acts at the {scheme.seam!r} seam; {self.name} ({type(self.model).__name__}) offers only: "
+                f"{', '.join(self.seams)}"
+            )
+        if scheme.seam in ("bias", "score") and not self.reaches_attention():
+            raise PatchError(
+                f"{scheme.name!r} acts inside attention, and {type(self.model).__name__} does not use Transformers' attention interface; use "
+                f"{self.outside_attention}"
+            )
+        if scheme.seam == "score" and self.bidirectional():
+            refuse_both_ways(scheme, self.model)
+
+    @staticmethod
+    def _learned_of(scheme: PerLayer) -> Bias | None:
+        """The one scheme in it that learns; the decoder holds the weights of no more."""
+        learned: list[Any] = [each for each in scheme.distinct() if getattr(each, "learned", False)]
+        if len(learned) > 1:
+            raise PatchError(
+                f"per_layer: {learned[0].name!r} and {learned[1].name!r} are both learned, and a model holds the learned weights of one scheme; "
+                "expected at most one kind among the layers"
+            )
+        return learned[0] if learned else None
+
+    def _learned_edits(self, scheme: Bias | None, geometry: Geometry) -> list[Edit]:
         """The edit that puts the weights of a learned bias into the decoder."""
-        if not scheme.learned:
+        if scheme is None or not scheme.learned:
             return []
-        indices = (getattr(module, "layer_idx", None) for module in self.decoder.modules())
+        names = "layer_idx", "layer_id"
+        indices = (getattr(module, name, None) for module in self.decoder.modules() for name in names)
         layers = 1 + max((index for index in indices if isinstance(index, int)), default=-1)
-        if not layers:
+        if not layers and not scheme.shared:
             raise PatchError(
                 f"{scheme.name!r} has weights for each layer, and the layers of {type(self.model).__name__} do not say which they are"
             )
-        weights = LearnedBias(scheme.weights(geometry), layers, scheme.shared)
+        weights = LearnedBias(self.learned_start(scheme, geometry), max(layers, 1), scheme.shared)
         return [Added(self.decoder, LEARNED, own_attribute(self.decoder, LEARNED), weights)]
+
+    def _table_edits(self, scheme: Learned, length: int | None) -> list[Edit]:
+        """The edit that puts a new table of positions, which the token embeddings get, into the decoder."""
+        table = scheme.new_table(self.decoder.get_input_embeddings().weight.shape[1], length)
+        self.last_position = table.weight.shape[0] - 1
+        return [Added(self.decoder, TABLE, own_attribute(self.decoder, TABLE), table)]
 
     def _length_edits(self, length: int | None, config: PreTrainedConfig) -> list[Edit]:
         """Raise every stated limit to the patched length."""
@@ -239,9 +326,15 @@ class Family(ABC):
         generation.max_length = length
         return [set_attribute(self.model, "generation_config", generation)]
 
+    @staticmethod
+    def _tokenizer_edits(tokenizer: Any, length: int | None) -> list[Edit]:
+        if tokenizer is None or length is None:
+            return []
+        return [Attribute(tokenizer, "model_max_length", tokenizer.model_max_length, length)]
+
     def _mark(self, scheme: Scheme, config: Any, stock: bool) -> None:
         """Write the block that travels with the checkpoint; a resized table needs none, it is a stock model again."""
-        if hasattr(scheme, "resize"):
+        if self.resizes(scheme):
             return
         block = {
             "version": __version__,

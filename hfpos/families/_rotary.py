@@ -11,20 +11,30 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hfpos.configuration import reloads_equal
+from hfpos.families._directions import attention_modules
 from hfpos.families._family import Family
+from hfpos.families._handover import handover_edits
+from hfpos.families._layered_rotary import LayeredRotary
+from hfpos.families._layers import layer_types
+from hfpos.families._measured_rotation import measure_rotation
 from hfpos.families._rotary_module import RotarySwap, check_obeys, find_convention, fix, frequency_names, scaling_name
+from hfpos.families._windows import refuse_within_windows
 from hfpos.plan import Hook
 from hfpos.positions import MaskedPositionIds, PositionHook, TruePositions
+from hfpos.probe import can_run, probe
 from hfpos.rotation import inverse_frequencies
-from hfpos.scheme import Geometry, PatchError, Rope
+from hfpos.scheme import Geometry, PatchError, Rope, Scheme
+from hfpos.schemes._remapping import Remapping
 from hfpos.schemes.dynamic import Dynamic
 from hfpos.schemes.longrope import as_divisors
+from hfpos.schemes.per_layer import PerLayer
 
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from hfpos.attention.seam import Seam
     from hfpos.plan import Edit
 
 # Keys of rope_parameters that say how to scale; all others (what splits a head, a family's own) stay when a scheme is written.
@@ -66,12 +76,10 @@ class RotaryDecoder(Family):
         super().__init__(model)
         ((_, self.rotary_name, self.rotary),) = text_rotaries(model)
         self.new_rotary: Any = self.rotary
+        self.layered: LayeredRotary | None = None
         self.layer_type = scaled_type(self.config.rope_parameters)
-        nested = self.layer_type is not None
-        self.parameters: dict[str, Any] = (
-            self.config.rope_parameters[self.layer_type] if nested else self.config.rope_parameters
-        )
-        self.buffer = f"{self.layer_type}_inv_freq" if nested else "inv_freq"
+        self.parameters = self.parameters_of(self.layer_type)
+        self.buffer = self.buffer_of(self.layer_type)
 
     @classmethod
     def find_decoder(cls, model: PreTrainedModel) -> Any:
@@ -104,20 +112,33 @@ class RotaryDecoder(Family):
         return "rope" if kind == "default" else kind
 
     def geometry(self) -> Geometry:
-        config, kind = self.config, self.parameters.get("rope_type", "default")
+        return self.geometry_of(self.layer_type)
+
+    def parameters_of(self, kind: str | None) -> dict[str, Any]:
+        """The rope parameters of layers of one type."""
+        return self.config.rope_parameters if self.layer_type is None else self.config.rope_parameters[kind]
+
+    def buffer_of(self, kind: str | None) -> str:
+        """The buffer of the rotary module that holds the frequencies of layers of one type."""
+        return "inv_freq" if self.layer_type is None else f"{kind}_inv_freq"
+
+    def geometry_of(self, layer_type: str | None) -> Geometry:
+        """The numbers of the unpatched model's layers of one type."""
+        config, parameters = self.config, self.parameters_of(layer_type)
+        kind = parameters.get("rope_type", "default")
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             raise PatchError(
                 f"the config's rope_type {kind!r} is unknown to Transformers; expected one of "
                 f"{', '.join(['default', *sorted(ROPE_INIT_FUNCTIONS)])}: correct config.rope_parameters"
             )
-        theta = self.parameters.get("rope_theta")
+        theta = parameters.get("rope_theta")
         if not isinstance(theta, (int, float)):
             raise PatchError(
-                f"the config's rope_parameters have no rope_theta: {self.parameters}; set it before the model is built"
+                f"the config's rope_parameters have no rope_theta: {parameters}; set it before the model is built"
             )
         heads = config.num_attention_heads
         allowed = getattr(config, "max_position_embeddings", None)
-        stated = self.parameters.get("original_max_position_embeddings") or getattr(
+        stated = parameters.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
         if stated is not None and allowed is not None and stated > allowed:
@@ -125,16 +146,16 @@ class RotaryDecoder(Family):
                 f"the config states original_max_position_embeddings={stated} but max_position_embeddings={allowed}, which is shorter; "
                 "correct one of them before the model is built"
             )
-        rotary_dim = 2 * getattr(self.rotary, self.buffer).shape[-1]
+        rotary_dim = 2 * getattr(self.rotary, self.buffer_of(layer_type)).shape[-1]
         problem = None
-        if stated is None and self.parameters.get("factor", 1) != 1 and kind != "dynamic":
+        if stated is None and parameters.get("factor", 1) != 1 and kind != "dynamic":
             problem = (
-                f"the model is already scaled ({kind}, factor {self.parameters['factor']}) and its config does not state the length it "
+                f"the model is already scaled ({kind}, factor {parameters['factor']}) and its config does not state the length it "
                 "was pretrained at"
             )
         return Geometry(
             heads=heads,
-            head_dim=round(rotary_dim / self.parameters.get("partial_rotary_factor", 1.0)),
+            head_dim=self._head_dim(layer_type) or round(rotary_dim / parameters.get("partial_rotary_factor", 1.0)),
             rotary_dim=rotary_dim,
             theta=float(theta),
             trained_length=None if problem else stated or allowed,
@@ -144,24 +165,24 @@ class RotaryDecoder(Family):
         )
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
-        rotary = self._build_unscaled(config)
+        rotary = self.build_unscaled(config, self.layer_type)
         rotary.config = config  # by which it is known as the decoder's own
         keep = self._kept_when_off()
         names = [name for name in frequency_names(rotary) if name not in keep]
         still = {name: torch.zeros_like(getattr(rotary, name)) for name in names}
         moving = {name: getattr(rotary, name).clone() for name in keep}
         scales = {name: getattr(rotary, scaling_name(name)) for name in keep} | dict.fromkeys(still, 1.0)
-        return self._swap(fix(rotary, still | moving, scales))
+        return self.swap(fix(rotary, still | moving, scales))
 
     def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
-        self._check_unscaled(config, geometry)
+        self.check_unscaled(config, geometry, self.layer_type)
         wanted, scale = scheme.frequencies(geometry)
         # Transformers' own float32 values where they are the scheme's (then a stock reload is bit-equal), else the scheme's
         rotary = self._built_by_stock(scheme, geometry, config, whole)
         stock = rotary is not None
         if not stock:
             config.rope_parameters = copy.deepcopy(self.config.rope_parameters)
-            rotary = self._build(config)
+            rotary = self.build(config)
         names = frequency_names(rotary)
         frequencies = {name: getattr(rotary, name).clone() for name in names}
         scales = {name: getattr(rotary, scaling_name(name)) for name in names}
@@ -171,7 +192,7 @@ class RotaryDecoder(Family):
             rotary.rope_type = (
                 "default" if self.layer_type is None else rotary.rope_type | {self.layer_type: "default"}
             )
-        return self._swap(fix(rotary, frequencies, scales)), stock, {}
+        return self.swap(fix(rotary, frequencies, scales)), stock, {}
 
     def _built_by_stock(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> Any:
         """The rotary module that Transformers itself makes of `config` with the scheme written into it; None where it cannot say it."""
@@ -179,9 +200,9 @@ class RotaryDecoder(Family):
         for parameters in (scheme.stock(geometry), as_divisors(scheme, geometry)):
             if parameters is None:
                 continue
-            config.rope_parameters = self._with(parameters)
+            config.rope_parameters = self._with(parameters, self.layer_type)
             with contextlib.suppress(PatchError):
-                rotary = self._build(config)
+                rotary = self.build(config)
                 if not reloads_equal(whole, config):
                     continue  # the config's class takes no such type
                 built, factor = getattr(rotary, self.buffer), getattr(rotary, scaling_name(self.buffer))
@@ -189,7 +210,23 @@ class RotaryDecoder(Family):
                 return rotary if equal and abs(factor - scale) < 1e-6 else None
         return None
 
+    def default_layers(self, scheme: Scheme) -> list[int]:
+        types = layer_types(self.config)
+        whole = self.layer_type is None or scheme.seam not in ("freq", "score")
+        return [index for index, kind in enumerate(types) if whole or kind == self.layer_type]
+
+    def layered_edits(
+        self, schemes: list[Scheme | None], geometry: Geometry, config: Any
+    ) -> tuple[list[Edit], list[Seam | None]]:
+        self.layered = LayeredRotary(self, schemes, config)
+        return self.layered.edits(), self.layered.seams
+
+    def changed_layers(self) -> list[int]:
+        return self.layered.changed if self.layered else []
+
     def is_unchanged(self, scheme: Any, geometry: Geometry) -> bool:
+        if self.layered:
+            return not self.layered.changed
         if scheme.seam != "freq" or self.native() in ("dynamic", "longrope"):
             return False
         names = frequency_names(self.rotary)
@@ -203,27 +240,30 @@ class RotaryDecoder(Family):
             for name in names
         )
 
-    def score_rotation(self) -> tuple[str, str | None]:
-        if any(flag == 0 for flag in getattr(self.config, "no_rope_layers", None) or []):
-            raise PatchError(
-                f"{type(self.model).__name__} rotates only in some of its layers; the score seam rotates in all. Use a scheme of the freq "
-                "seam, e.g. cache='pinned' with a target_length"
-            )
+    def score_rotation(self) -> tuple[str, frozenset[int] | None]:
         chooser = next((key for key in self.config.to_dict() if "indexer" in key or key == "index_topk"), None)
         if chooser is not None:
             raise PatchError(
                 f"{type(self.model).__name__} also rotates where it chooses keys ({chooser}), which the score seam does not reach. Use a scheme "
                 "of the freq seam, e.g. cache='pinned' with a target_length"
             )
-        if self.layer_type is not None and self.layer_type not in self.config.layer_types:
-            raise PatchError(
-                f"{type(self.model).__name__} does not say which of its layers are of type {self.layer_type!r}, which the score seam must know"
-            )
-        return find_convention(self.decoder, self._build(self.config), self.layer_type), self.layer_type
+        if can_run(self.model):
+            another = type(self)(self.model)  # as it has edits of its own to plan
+            return measure_rotation(another, lambda positions: probe(another, positions))
+        layers = None
+        if self.layer_type is not None:
+            layers = frozenset(i for i, kind in enumerate(layer_types(self.config)) if kind == self.layer_type)
+        return find_convention(self.decoder, self.build(self.config), self.layer_type), layers
+
+    def score_seam(self, scheme: Any, geometry: Geometry) -> Any:
+        seam = super().score_seam(scheme, geometry)
+        if isinstance(scheme, Remapping):
+            refuse_within_windows(scheme, geometry, self.config, seam.layers, type(self.model).__name__)
+        return seam
 
     def unscaled_frequencies(self, geometry: Geometry) -> torch.Tensor:
         formula = super().unscaled_frequencies(geometry).float()
-        own = getattr(self._build_unscaled(self.config), self.buffer)
+        own = getattr(self.build_unscaled(self.config, self.layer_type), self.buffer)
         # The family's own differ in the last bit. Inside DeepSpeed's `zero.Init` they would be rounded to bfloat16.
         near = own.shape == formula.shape and torch.allclose(own.float(), formula, rtol=1e-6, atol=0)
         return own if near else formula
@@ -232,14 +272,17 @@ class RotaryDecoder(Family):
         edits: list[Edit] = [
             Hook(self.new_rotary, "register_forward_pre_hook", TruePositions(hook, 1), {"with_kwargs": True})
         ]
+        if hook.seam is not None:
+            edits += handover_edits(self.decoder)
         if self.model.config is not self.config:
             outer = MaskedPositionIds(self.model)
             edits.append(Hook(self.model, "register_forward_pre_hook", outer, {"with_kwargs": True}))
         return edits
 
     def unscaled_reference(self, scheme: Any) -> Dynamic | None:
-        taken_over = scheme.seam == "score" and self.native() == "rope"
-        return Dynamic(original_length=scheme.original_length) if taken_over else None
+        parts: list[Any] = scheme.distinct() if isinstance(scheme, PerLayer) else [scheme]
+        taken_over = [each for each in parts if each.seam == "score" and self.native() == "rope"]
+        return Dynamic(original_length=taken_over[0].original_length) if taken_over else None
 
     def stateful_modules(self) -> list[nn.Module]:
         return [self.rotary]
@@ -262,17 +305,28 @@ class RotaryDecoder(Family):
             return []
         return [name for name in frequency_names(self.rotary) if name != self.buffer]
 
-    def _with(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The config's rope parameters with those of the scaled layers replaced; what splits a head stays the model's own."""
-        foreign = {key: value for key, value in self.parameters.items() if key not in SCALING_KEYS}
-        if foreign.keys() - {"partial_rotary_factor"} and "original_max_position_embeddings" in self.parameters:
-            foreign["original_max_position_embeddings"] = self.parameters["original_max_position_embeddings"]
+    def _head_dim(self, kind: str | None) -> int | None:
+        """How wide queries are in layers of one type, as their attention says: where keys are compressed (DeepSeek), wider than their rotated part."""
+        types = layer_types(self.config)
+        widths = {
+            getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+            for module in attention_modules(self.decoder)
+            if self.layer_type is None or types[module.layer_idx] == kind
+        }
+        return widths.pop() if len(widths) == 1 else None
+
+    def _with(self, parameters: dict[str, Any], kind: str | None) -> dict[str, Any]:
+        """The config's rope parameters with those of one type of layer replaced; what splits a head stays the model's own."""
+        own = self.parameters_of(kind)
+        foreign = {key: value for key, value in own.items() if key not in SCALING_KEYS}
+        if foreign.keys() - {"partial_rotary_factor"} and "original_max_position_embeddings" in own:
+            foreign["original_max_position_embeddings"] = own["original_max_position_embeddings"]
         parameters = foreign | parameters
         if self.layer_type is None:
             return parameters
-        return copy.deepcopy(self.config.rope_parameters) | {self.layer_type: parameters}
+        return copy.deepcopy(self.config.rope_parameters) | {kind: parameters}
 
-    def _build(self, config: PreTrainedConfig) -> Any:
+    def build(self, config: PreTrainedConfig) -> Any:
         """A new rotary module of the family's own class."""
         try:
             with torch.device("cpu"):
@@ -283,19 +337,22 @@ class RotaryDecoder(Family):
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _build_unscaled(self, config: PreTrainedConfig) -> Any:
+    def build_unscaled(self, config: PreTrainedConfig, kind: str | None) -> Any:
+        """A new rotary module whose layers of one type rotate by the unscaled frequencies."""
         unscaled = copy.deepcopy(config)
-        unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": self.parameters["rope_theta"]})
-        return self._build(unscaled)
+        theta = self.parameters_of(kind)["rope_theta"]
+        unscaled.rope_parameters = self._with({"rope_type": "default", "rope_theta": theta}, kind)
+        return self.build(unscaled)
 
-    def _swap(self, rotary: Any) -> list[Edit]:
+    def swap(self, rotary: Any) -> list[Edit]:
         """The edit that puts the fixed `rotary` in, once its forward has shown that it goes by its frequencies."""
         check_obeys(rotary, type(self.rotary).__name__)
         self.new_rotary = rotary
         return [RotarySwap(self.decoder, self.rotary_name, self.rotary, rotary, self.config)]
 
-    def _check_unscaled(self, config: PreTrainedConfig, geometry: Geometry) -> None:
-        found = getattr(self._build_unscaled(config), self.buffer).double()
+    def check_unscaled(self, config: PreTrainedConfig, geometry: Geometry, kind: str | None) -> None:
+        """Raise `PatchError` unless the family's unscaled frequencies are the usual ones, which every scaling starts from."""
+        found = getattr(self.build_unscaled(config, kind), self.buffer_of(kind)).double()
         expected = inverse_frequencies(geometry.theta, geometry.rotary_dim)
         # loosely, as inside DeepSpeed's `zero.Init` Transformers computes its frequencies in bfloat16
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.05, atol=0):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.models.bloom import modeling_bloom
 
-from hfpos.families._own_attention import OwnAttention, attend, no_bias
+from hfpos.families._own_attention import OwnAlibi, attend, no_bias
 from hfpos.plan import set_attribute, swap_class
 from hfpos.positions import PositionHook
 from hfpos.scheme import PatchError
@@ -66,7 +66,7 @@ class BloomGelu(modeling_bloom.BloomGelu):
         return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-class Bloom(OwnAttention):
+class Bloom(OwnAlibi):
     """BLOOM and its heads."""
 
     name = "bloom"

@@ -1,4 +1,4 @@
-"""Falcon with ALiBi (falcon-rw). Falcon without it rotates, and is of the family `rotary`.
+"""Falcon with ALiBi (falcon-rw). Falcon without it rotates, and is of the family `falcon_rotary`.
 
 Falcon adds its bias before it scales the logits, so the slopes it was trained with are the paper's over `sqrt(head_dim)`. Stock
 rounds slopes and bias to bfloat16 in every dtype, and its eager path (Transformers 5.23) adds the bias twice: with the mask and by
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.models.falcon import modeling_falcon
 
-from hfpos.families._own_attention import OwnAttention, OwnMask, attend
+from hfpos.families._own_attention import OwnAlibi, OwnMask, attend
 from hfpos.families._rotary_module import RotarySwap, fix
 from hfpos.plan import set_attribute
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class FalconAttention(modeling_falcon.FalconAttention):
     """Falcon's attention on Transformers' attention interface. Its layers hand on only `alibi`, so the `Call` comes as that."""
 
+    rotates = False
+
     @property
     def num_key_value_groups(self) -> int:
         """How many heads share a key as it is cached; the new architecture repeats its keys before that."""
@@ -40,16 +42,17 @@ class FalconAttention(modeling_falcon.FalconAttention):
         attention_mask: torch.Tensor | None,
         layer_past: Any = None,
         output_attentions: bool = False,
+        position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states (B, Q, E) -> the attention output (B, Q, E), and the weights, if any."""
         query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
-        options = {
-            "dropout": self.attention_dropout.p if self.training else 0.0,
-            "scaling": self.inv_norm_factor,
-        }
+        if self.rotates:
+            query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
         output, weights = attend(
-            self, query, key, value, attention_mask, alibi, layer_past, output_attentions, **options
+            *(self, query, key, value, attention_mask, alibi, layer_past, output_attentions),
+            dropout=self.attention_dropout.p if self.training else 0.0,
+            scaling=self.inv_norm_factor,
         )
         return self.dense(output), weights
 
@@ -65,7 +68,7 @@ class FalconDecoderLayer(modeling_falcon.FalconDecoderLayer):
         return super().__call__(*args, **kwargs | own)
 
 
-class Falcon(OwnAttention):
+class Falcon(OwnAlibi):
     """Falcon with `alibi=True` and its heads."""
 
     name = "falcon"

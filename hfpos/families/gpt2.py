@@ -12,6 +12,7 @@ from transformers.models.gpt2 import modeling_gpt2
 
 from hfpos.constant import Constant
 from hfpos.families._family import Family
+from hfpos.families._tables import resized_table
 from hfpos.plan import Hook, Swap, freeze, swap_class
 from hfpos.positions import PositionHook, TruePositions
 from hfpos.rotation import cos_sin, rotate
@@ -145,17 +146,7 @@ class GPT2(Family):
 
     def resize_edits(self, scheme: Any, config: PreTrainedConfig) -> list[Edit]:
         table = self.decoder.wpe
-        if type(table) is not nn.Embedding or not table.weight.is_floating_point():
-            raise PatchError(
-                f"the position table is a {type(table).__name__}, which cannot be resized; expected a plain nn.Embedding"
-            )
-        if table.weight.is_meta:
-            raise PatchError(
-                "the position table has no weights yet, or they are offloaded; there is nothing to resize: load them first, in memory"
-            )
-        weight = nn.Parameter(scheme.resize(table.weight.detach()), requires_grad=table.weight.requires_grad)
-        resized = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
-        self.resized = resized
+        self.resized = resized = resized_table(table, scheme)
         return [Swap(self.decoder, "wpe", table, resized)]
 
     def layer_edits(self, hook: PositionHook) -> list[Edit]:

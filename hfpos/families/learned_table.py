@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfpos.families._family import Family, calls_interface
+from hfpos.attention.fixed_rotary import FixedRotation
+from hfpos.families._family import Family
+from hfpos.families._tables import RowsInPlace, offset_of, resized_table
 from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
-from hfpos.plan import freeze, swap_class
+from hfpos.plan import Hook, Swap, freeze, swap_class
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.learned import Learned
 
 
 if TYPE_CHECKING:
     from hfpos.plan import Edit
+    from hfpos.positions import PositionHook
 
 TABLE_NAMES = ("wpe", "embed_positions")
+LENGTH_KEYS = ("max_position_embeddings", "max_target_positions")
 
 
 def tables(model: Any) -> list[tuple[Any, str]]:
@@ -38,7 +42,14 @@ class LearnedTable(Family):
     name = "learned_table"
     priority = 0
     trained_kind = Learned
-    seams = ("bias", "embed", "none")
+    hook_options = {"masks_packing": True}  # noqa: RUF012
+    outside_attention = "sinusoidal, learned or nope"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        ((self.owner, self.table_name),) = tables(model)
+        self.table: Any = getattr(self.owner, self.table_name)
+        self.resized: Any = None
 
     @classmethod
     def find_decoder(cls, model: PreTrainedModel) -> Any:
@@ -52,26 +63,36 @@ class LearnedTable(Family):
         owner = found[0][0]
         if len(found) > 1 or not isinstance(owner, PreTrainedModel) or owner.config.is_encoder_decoder:
             return f"it adds positions in {len(found)} places (in {type(owner).__name__} ...), not once in one decoder"
-        if not calls_interface(owner):
-            return "its attention does not go through Transformers' attention interface"
         return None
 
     def native(self) -> str:
-        return "learned"
+        return "sinusoidal" if "Sinusoidal" in type(self.table).__name__ else "learned"
 
     def geometry(self) -> Geometry:
-        length = getattr(self.config, "max_position_embeddings", None)
-        return geometry_without_rotary(self.config.num_attention_heads, self.config.hidden_size, length)
+        rows = self.table.num_embeddings - offset_of(self.table)
+        return geometry_without_rotary(self.config.num_attention_heads, self.config.hidden_size, rows)
+
+    def length_keys(self) -> tuple[str, ...]:
+        rows = self.geometry().trained_length
+        return tuple(key for key in LENGTH_KEYS if getattr(self.config, key, None) == rows)
 
     def probe_positions(self, geometry: Geometry) -> None:
         return None
 
     def positions_off(self, config: Any) -> list[Edit]:
-        ((owner, name),) = tables(self.model)
-        table = getattr(owner, name)
-        return [swap_class(table, NoPositions), freeze(table)]
+        return [swap_class(self.table, NoPositions), freeze(self.table)]
 
     def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
-        raise PatchError(
-            f"{scheme.name!r} rotates queries and keys before they are cached, for which {self.name} has no seam"
-        )
+        if not self.reaches_attention():
+            raise PatchError(
+                f"{scheme.name!r} rotates queries and keys, and {type(self.model).__name__} does not use Transformers' attention interface; use "
+                f"{self.outside_attention}"
+            )
+        return self.positions_off(config), False, {"seam": FixedRotation(*scheme.frequencies(geometry))}
+
+    def resize_edits(self, scheme: Any, config: Any) -> list[Edit]:
+        self.resized = resized_table(self.table, scheme)
+        return [Swap(self.owner, self.table_name, self.table, self.resized)]
+
+    def layer_edits(self, hook: PositionHook) -> list[Edit]:
+        return [] if self.resized is None else [Hook(self.resized, "register_forward_hook", RowsInPlace(hook))]

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.models.mpt import modeling_mpt
 
-from hfpos.families._own_attention import OwnAttention, OwnMask, attend, no_bias
+from hfpos.families._own_attention import OwnAlibi, OwnMask, attend, no_bias
 from hfpos.plan import set_attribute
 
 
@@ -43,7 +43,8 @@ class MptAttention(modeling_mpt.MptAttention):
             mixed = mixed.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         heads = (*hidden_states.shape[:2], self.n_heads, self.head_dim)
         query, key, value = (x.view(heads).transpose(1, 2) for x in mixed.chunk(3, dim=2))
-        options = {"dropout": self.attn_dropout_p if self.training else 0.0, "scaling": self.softmax_scale}
+        drop = self.attn_dropout_p if self.training else 0.0
+        options: dict[str, Any] = {"dropout": drop, "scaling": self.softmax_scale}
         output, weights = attend(
             self, query, key, value, attention_mask, call, past_key_values, output_attentions, **options
         )
@@ -70,7 +71,7 @@ def mask_for_generate(
     return pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[-1]))
 
 
-class Mpt(OwnAttention):
+class Mpt(OwnAlibi):
     """MPT and its heads."""
 
     name = "mpt"

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hfpos.report.grids import grids, perplexity_grid
+from hfpos.report.joint import joint_scores, joint_trained_length
 from hfpos.report.numbers import plain, share
-from hfpos.report.pictures import Picture, all_pictures, joint_scores, joint_trained_length
+from hfpos.report.pictures import Picture, all_pictures
 from hfpos.report.plots import require_matplotlib, svg
 from hfpos.report.summary import summary
 from hfpos.report.words import command, differences, in_one_line, listed, protocol_in_words, provenance_rows

@@ -5,21 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hfpos.report.joint import joint_profiles, joint_scores, joint_trained_length
 from hfpos.report.plots import (
+    heads_figure,
     joint_figure,
     pattern_figure,
     perplexity_figure,
     position_figure,
+    profile_figure,
     retrieval_figure,
     wavelengths_figure,
 )
-from hfpos.report.words import differences
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.figure import Figure
 
-    from hfpos.evaluate.result import PerplexityResult
+    from hfpos.evaluate.attention_profile import AttentionProfile
     from hfpos.report.results import Comparison, Results
 
 _PERPLEXITY = (
@@ -48,6 +52,14 @@ _PATTERN = (
     "swings with distance; a bias takes the more away the further back a token is, by another amount in each head. Compare the "
     "curves beyond the dashed line: one that stays within what it reached before it shows the model nothing new."
 )
+_PROFILE = (
+    "Measured on the text, with all that the model has learned: the mean weight that a token gives to one token at a distance, over all "
+    "heads. A line that goes on smoothly beyond the dashed line looks at far tokens as it learned to; one that bends or jumps there does not."
+)
+_HEADS = (
+    "The same for each head by itself: a row is a head, the first layer at the top and a line between layers; columns are distances, and "
+    "bright is much weight. Rows alike mean that the scheme leaves little to choose; edges at the dashed line, that attention breaks there."
+)
 
 
 @dataclass(frozen=True)
@@ -72,44 +84,33 @@ def pictures(comparison: Comparison, prefix: str = "") -> list[Picture]:
         ),
         ("wavelengths", wavelengths_figure(comparison), "Rotary wavelengths", _WAVELENGTHS),
         ("attention", pattern_figure(comparison), "Attention by distance", _PATTERN),
+        *_looks(comparison.profiles, comparison.model.trained_length),
     ]
     return [Picture(prefix + stem, figure, title, text) for stem, figure, title, text in found if figure]
 
 
-def joint_scores(results: Results) -> dict[str, PerplexityResult]:
-    """The perplexity of all runs by `comparison: label`, where all comparisons were measured alike; else none."""
-    if len(results.comparisons) < 2 or differences(results.comparisons):
-        return {}
-    names = [comparison.name for comparison in results.comparisons]
-    names = [name if names.count(name) == 1 else f"{number} {name}" for number, name in enumerate(names, 1)]
-    return {
-        f"{name}: {label}": result
-        for name, comparison in zip(names, results.comparisons, strict=True)
-        for label, result in comparison.scores.items()
-    }
-
-
-def joint_picture(results: Results) -> Picture | None:
-    """Perplexity of all runs of all comparisons; None where they cannot be compared."""
-    scores = joint_scores(results)
+def joint_pictures(results: Results) -> list[Picture]:
+    """Perplexity of all runs of all comparisons, and where their attention looks; none where they cannot be compared."""
+    scores, trained = joint_scores(results), joint_trained_length(results)
     if not scores:
-        return None
-    figure = joint_figure(scores, joint_trained_length(results), title="Perplexity of all runs against context length")
-    return Picture("joint-perplexity", figure, "All runs together", _PERPLEXITY)
+        return []
+    perplexity = joint_figure(scores, trained, title="Perplexity of all runs against context length")
+    found = [("perplexity", perplexity, "All runs together", _PERPLEXITY), *_looks(joint_profiles(results), trained)]
+    return [Picture(f"joint-{stem}", figure, title, text) for stem, figure, title, text in found if figure]
 
 
-def joint_trained_length(results: Results) -> int | None:
-    """The trained length that all comparisons share, if they do."""
-    found = {comparison.model.trained_length for comparison in results.comparisons}
-    return found.pop() if len(found) == 1 else None
+def _looks(profiles: Mapping[str, AttentionProfile], trained: int | None) -> list[tuple[str, Figure | None, str, str]]:
+    return [
+        ("looks", profile_figure(profiles, trained), "Where attention looks", _PROFILE),
+        ("heads", heads_figure(profiles, trained), "Where each head looks", _HEADS),
+    ]
 
 
 def all_pictures(results: Results) -> list[list[Picture]]:
-    """The joint picture if there is one, then those of each comparison: one list more than there are comparisons."""
-    joint = joint_picture(results)
+    """The joint pictures, then those of each comparison: one list more than there are comparisons."""
     several = len(results.comparisons) > 1
     return [
-        [joint] if joint else [],
+        joint_pictures(results),
         *(pictures(each, f"{number}-" if several else "") for number, each in enumerate(results.comparisons, 1)),
     ]
 

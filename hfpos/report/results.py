@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
+from hfpos.evaluate.attention_profile import AttentionProfile
 from hfpos.evaluate.result import PerplexityResult, Skipped
 from hfpos.evaluate.retrieval import RetrievalResult
 from hfpos.scheme import PatchError
@@ -104,6 +105,7 @@ class Run:
         retrieval: one entry a task.
         wavelengths: tokens for one turn of each dimension pair at the longest length, fastest first; a pair that stands still has None.
         pattern: None where the scheme puts nothing into attention.
+        profile: where attention looks in the text, if that was asked for.
         seconds: wall time of the measurement.
     """
 
@@ -115,12 +117,16 @@ class Run:
     retrieval: tuple[RetrievalResult, ...] = ()
     wavelengths: tuple[float | None, ...] = ()
     pattern: Pattern | None = None
+    profile: AttentionProfile | None = None
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model under several schemes, on the same data in the same way. The first run is what the others are compared with."""
+    """One model under several schemes, on the same data in the same way. The first run is what the others are compared with.
+
+    `title` tells it from other comparisons, where the last part of the model's path does not.
+    """
 
     model: ModelInfo
     protocol: Protocol
@@ -128,16 +134,22 @@ class Comparison:
     runs: tuple[Run, ...]
     refused: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
 
     @property
     def name(self) -> str:
-        """The last part of the model's path or hub name."""
-        return self.model.path.rstrip("/").rsplit("/", 1)[-1]
+        """The title, or the last part of the model's path or hub name."""
+        return self.title or self.model.path.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def scores(self) -> dict[str, PerplexityResult]:
         """Label -> perplexity of the runs that have it, in their order."""
         return {run.label: run.perplexity for run in self.runs if run.perplexity and run.perplexity.by_length}
+
+    @property
+    def profiles(self) -> dict[str, AttentionProfile]:
+        """Label -> where attention looks, of the runs that have it, in their order."""
+        return {run.label: run.profile for run in self.runs if run.profile}
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
-from hfpos.report.grids import grids
+from hfpos.report.grids import grids, perplexity_grid
+from hfpos.report.joint import joint_scores, joint_trained_length
 from hfpos.report.summary import summary
 from hfpos.report.words import in_one_line
 
@@ -33,9 +34,10 @@ _RETRIEVAL_COLUMNS = ("task", "length", "depth", "correct", "trials", "accuracy"
 def markdown(results: Results) -> str:
     """All comparisons as Markdown: what was measured, what it says, the tables, and what was left out.
 
-    The best value of each column is bold.
+    The best value of each column is bold. Comparisons that were measured alike stand in one table first.
     """
-    return "\n".join(line for comparison in results.comparisons for line in _section(comparison))
+    sections = [_joint(results), *map(_section, results.comparisons)]
+    return "\n".join(line for section in sections for line in section)
 
 
 def csv(results: Results) -> str:
@@ -76,6 +78,14 @@ def _written(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _joint(results: Results) -> list[str]:
+    scores = joint_scores(results)
+    if not scores:
+        return []
+    grid = perplexity_grid(scores, joint_trained_length(results))
+    return ["## All runs together", "", f"**{_escaped(grid.title)}**", "", *_table(grid), "", _escaped(grid.note), ""]
 
 
 def _section(comparison: Comparison) -> list[str]:

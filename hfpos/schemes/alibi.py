@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hfpos.constant import exact
-from hfpos.scheme import Bias, Geometry, PatchError, require_number
+from hfpos.scheme import Bias, Geometry, PatchError, require_choice, require_number
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -34,10 +34,16 @@ class Alibi(Bias):
 
     Paper: Train Short, Test Long, arXiv 2108.12409. On BLOOM these are the trained positions, and `factor` extends them.
 
+    For attention that is not causal the paper's authors describe three forms (github.com/ofirpress/attention_with_linear_biases,
+    issue 5): the same slope both ways, two slopes, and heads that look one way each.
+
     Args:
+        num_heads: for use without a model: `Alibi(8).bias(q_positions, k_positions)`.
         slopes: one slope for each head; the paper's rule unless given.
         factor: the slopes are divided by it, i.e. distances are interpolated (the ALiBi form of PI), >= 1.
-        bidirectional: use the distance `|i - j|`; the same under a causal mask.
+        bidirectional: True: the distance is `|i - j|`; the same under a causal mask. "split": the first half of the heads sees the keys
+            up to its query only, the second half those from it on, with the slopes of the paper's rule for half as many heads in each.
+        slopes_ahead: one slope for each head for the keys behind the query, j > i, whose bias is `-slopes_ahead_h * (j - i)`.
     """
 
     name = "alibi"
@@ -46,24 +52,40 @@ class Alibi(Bias):
 
     slopes: Sequence[float] | None = None
     factor: float = 1.0
-    bidirectional: bool = False
+    bidirectional: bool | str = False
+    slopes_ahead: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         require_number(self.name, "factor", self.factor, least=0, strictly=True)
         require_number(self.name, "factor", self.factor, least=1)
-        if self.slopes is not None:
-            object.__setattr__(self, "slopes", [float(slope) for slope in self.slopes])
-            for slope in self.slopes or ():
-                require_number(self.name, "slopes", slope, least=0)
+        if not isinstance(self.bidirectional, bool):
+            require_choice(self.name, "bidirectional", self.bidirectional, ("split",))
+        if self.bidirectional and self.slopes_ahead is not None:
+            raise PatchError(
+                f"alibi: both bidirectional={self.bidirectional!r} and slopes_ahead were given; slopes_ahead is for both ways already: leave "
+                "bidirectional out"
+            )
+        for name in ("slopes", "slopes_ahead"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, [float(slope) for slope in getattr(self, name)])
+                for slope in getattr(self, name):
+                    require_number(self.name, name, slope, least=0)
 
     @property
     def two_sided(self) -> bool:
-        return self.bidirectional
+        return bool(self.bidirectional) or self.slopes_ahead is not None
 
     def check(self, geometry: Geometry) -> None:
-        if self.slopes is not None and len(self.slopes) != geometry.heads:
+        super().check(geometry)
+        for name in ("slopes", "slopes_ahead"):
+            given = getattr(self, name)
+            if given is not None and len(given) != geometry.heads:
+                raise PatchError(
+                    f"alibi: {len(given)} {name} were given, the model has {geometry.heads} attention heads; give one for each"
+                )
+        if self.bidirectional == "split" and geometry.heads % 2:
             raise PatchError(
-                f"alibi: {len(self.slopes)} slopes were given, the model has {geometry.heads} attention heads"
+                f"alibi: bidirectional='split' needs an even number of heads, the model has {geometry.heads}; use bidirectional=True"
             )
 
     def patched_length(self, geometry: Geometry) -> int | None:
@@ -72,12 +94,24 @@ class Alibi(Bias):
 
     def head_slopes(self, heads: int) -> list[float]:
         """The slopes in use: the given ones or the paper's, divided by the factor."""
-        return [slope / self.factor for slope in (alibi_slopes(heads) if self.slopes is None else self.slopes)]
+        slopes = self.slopes
+        if slopes is None:
+            slopes = alibi_slopes(heads // 2) * 2 if self.bidirectional == "split" else alibi_slopes(heads)
+        return [slope / self.factor for slope in slopes]
 
     def weights(self, geometry: Geometry) -> dict[str, torch.Tensor]:
-        return {"slopes": exact(self.head_slopes(geometry.heads))}
+        """`slopes` (H,), and where they differ behind the query `slopes_ahead` (H,)."""
+        weights = {"slopes": exact(self.head_slopes(geometry.heads))}
+        if self.bidirectional == "split":  # an infinite slope hides a key
+            half = geometry.heads // 2
+            ahead = [math.inf] * half + self.head_slopes(geometry.heads)[half:]
+            behind = self.head_slopes(geometry.heads)[:half] + [math.inf] * half
+            weights = {"slopes": exact(behind), "slopes_ahead": exact(ahead)}
+        elif self.slopes_ahead is not None:
+            weights["slopes_ahead"] = exact([slope / self.factor for slope in self.slopes_ahead])
+        return weights
 
-    def bias(
+    def formula(
         self,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
@@ -86,21 +120,27 @@ class Alibi(Bias):
     ) -> torch.Tensor:
         """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of the slopes (H,).
 
-        >>> positions = torch.arange(3)[None]
-        >>> Alibi().bias(positions, positions, {"slopes": torch.tensor([0.5])})[0, 0, 2].tolist()
-        [-1.0, -0.5, 0.0]
+        >>> Alibi(bidirectional=True).bias(torch.tensor([1]), torch.arange(4), {"slopes": torch.tensor([0.5])})
+        tensor([[[-0.5000, -0.0000, -0.5000, -1.0000]]])
+        >>> Alibi(2, bidirectional="split").bias(torch.tensor([1]), torch.arange(3))[:, 0] * 256
+        tensor([[-1., -0., -inf],
+                [-inf, -0., -1.]])
         """
-        slopes = weights["slopes"]
-        ahead = k_positions[:, None, None, :] - q_positions[:, None, :, None]
-        if self.bidirectional:
-            ahead = -ahead.abs()
-        return slopes[:, None, None] * ahead.to(slopes.dtype)
+        slopes = weights["slopes"][:, None, None]
+        ahead = (k_positions[:, None, None, :] - q_positions[:, None, :, None]).to(slopes.dtype)
+        if not self.two_sided:
+            return slopes * ahead
+        if "slopes_ahead" not in weights:
+            return -slopes * ahead.abs()
+        other = weights["slopes_ahead"][:, None, None]
+        # not a product of infinite slopes with zero, which is not a number
+        return -torch.where(ahead > 0, other, torch.where(ahead < 0, slopes, 0.0)) * ahead.abs()
 
     def factors(
         self, q_positions: torch.Tensor, k_positions: torch.Tensor, weights: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`-m (i - j)` is `m j`, but for what depends on i alone; `-m |i - j|` does not separate."""
-        if self.bidirectional:
+        """`-m (i - j)` is `m j`, but for what depends on i alone; what treats both sides of the query alike does not separate."""
+        if self.two_sided:
             return None
         slopes = weights["slopes"]
         return slopes[None, :, None, None], k_positions[:, None, :, None].to(slopes.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hfpos.constant import exact
-from hfpos.scheme import Bias, Geometry, PatchError, require_number
+from hfpos.scheme import Bias, Geometry, require_count, require_number
 
 
 EPSILON = 1e-6  # the authors' guard against a division by zero
@@ -23,7 +23,10 @@ class Fire(Bias):
 
     Paper: Functional Interpolation for Relative Positions Improves Long Context Transformers, arXiv 2310.04418; each layer has its own.
 
-    Deviations: d is 0 for a key behind its query, which a causal mask hides anyway. The network starts in the range of torch's
+    Causal attention only: the paper defines the bias for keys up to the query, whose own position is the most that a distance can be.
+    Behind it that measure is gone, and authors who ran FIRE there did not agree (distance 0, or |d|, which leaves 0 .. 1). It is refused.
+
+    Deviations: d is 0 for a key behind its query, which the mask hides. The network starts in the range of torch's
     `Linear`, drawn by Python's generator from seed 0: the same in all layers, processes and runs.
 
     Args:
@@ -43,8 +46,7 @@ class Fire(Bias):
     threshold: float = 512.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.hidden, bool) or not isinstance(self.hidden, int) or self.hidden < 1:
-            raise PatchError(f"fire: hidden={self.hidden!r} is not usable; expected a whole number >= 1")
+        require_count(self.name, "hidden", self.hidden)
         require_number(self.name, "c", self.c, least=0, strictly=True)
         require_number(self.name, "threshold", self.threshold, least=0, strictly=True)
 
@@ -64,7 +66,7 @@ class Fire(Bias):
             "output_bias": uniform(geometry.heads, self.hidden),
         }
 
-    def bias(
+    def formula(
         self,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
@@ -75,8 +77,8 @@ class Fire(Bias):
 
         >>> ones = {name: torch.ones(1) for name in ("c", "multiplier", "hidden_bias", "output_bias")}
         >>> ones |= {name: torch.ones(1, 1) for name in ("hidden_weight", "output_weight")}
-        >>> Fire(hidden=1, threshold=2).bias(torch.tensor([[8]]), torch.tensor([[0, 6, 8]]), ones)  # 2 + log(1 + d) / log(1 + 8)
-        tensor([[[[3.0000, 2.5000, 2.0000]]]])
+        >>> Fire(hidden=1, threshold=2).bias(torch.tensor([8]), torch.tensor([0, 6, 8]), ones)  # 2 + log(1 + d) / log(1 + 8)
+        tensor([[[3.0000, 2.5000, 2.0000]]])
         """
         c, threshold = weights["c"].abs(), weights["multiplier"].abs() * self.threshold
         i, j = q_positions[:, :, None], k_positions[:, None, :]

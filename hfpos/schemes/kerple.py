@@ -57,6 +57,7 @@ class Kerple(Bias):
         return True
 
     def check(self, geometry: Geometry) -> None:
+        super().check(geometry)
         for name in ("r1", "r2"):
             found = len(self.per_head(name, geometry.heads))
             if found != geometry.heads:
@@ -88,7 +89,7 @@ class Kerple(Bias):
         raw_r2 = weights["raw_r2"]
         return softplus(weights["raw_r1"]), 2 * raw_r2.sigmoid() if self.kind == "power" else softplus(raw_r2)
 
-    def bias(
+    def formula(
         self,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
@@ -97,11 +98,9 @@ class Kerple(Bias):
     ) -> torch.Tensor:
         """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of the weights.
 
-        >>> geometry = Geometry(heads=2, head_dim=8, rotary_dim=8, theta=1e4, trained_length=None, allowed_length=None)
-        >>> kerple, positions = Kerple(kind="power", r1=[1, 0.5], r2=1), torch.arange(3)[None]
-        >>> kerple.bias(positions, positions, kerple.weights(geometry))[0, :, 2]
+        >>> Kerple(2, kind="power", r1=[1, 0.5], r2=1).bias(torch.tensor([2]), torch.arange(3))[:, 0]
         tensor([[-2.0000, -1.0000, -0.0000],
-                [-1.0000, -0.5000, -0.0000]], dtype=torch.float64)
+                [-1.0000, -0.5000, -0.0000]])
         """
         r1, r2 = (number[:, None, None] for number in self.positive(weights))
         distance = (q_positions[:, None, :, None] - k_positions[:, None, None, :]).abs().to(r1.dtype)

@@ -12,15 +12,22 @@ from hfpos.scheme import Geometry, Rope, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainRope(Rope):
+class Rotary(Rope):
     """Rotary position embedding: queries and keys are rotated by `position * theta ** (-2 i / d)`.
 
     On a model that already rotates, this takes any scaling away again. On GPT-2 and BLOOM it replaces their own positions.
+
+    Without a model `Rotary(...)(q, k, positions)` rotates queries and keys, see `__call__`; so does every scheme of the freq seam.
 
     Paper: RoFormer, arXiv 2104.09864.
 
     Args:
         theta: the base; the model's own unless given (10,000 on a model without rotary embeddings).
+
+    >>> q, k = torch.randn(2, 8, 5, 64), torch.randn(2, 2, 5, 64)
+    >>> q, k = Rotary(theta=500_000)(q, k, torch.arange(5), rotary_dim=32, convention="interleaved")
+    >>> q.shape, k.shape
+    (torch.Size([2, 8, 5, 64]), torch.Size([2, 2, 5, 64]))
     """
 
     name = "rope"

@@ -55,7 +55,7 @@ class Sandwich(Bias):
         angles = positions[..., None] * 10_000.0 ** (exponents.double() * (-2 / self.dim))
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
-    def bias(
+    def formula(
         self,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
@@ -64,9 +64,8 @@ class Sandwich(Bias):
     ) -> torch.Tensor:
         """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of the compression.
 
-        >>> positions = torch.arange(3)[None]
-        >>> Sandwich(dim=2).bias(positions, positions, {"compression": torch.tensor([1.0])})[0, 0, 2]
-        tensor([-1.4161, -0.4597,  0.0000])
+        >>> Sandwich(8, dim=2).bias(torch.tensor([2]), torch.arange(3))[0]
+        tensor([[-1.4161, -0.4597,  0.0000]])
         """
         compression = weights["compression"]
         products = self.sinusoids(q_positions) @ self.sinusoids(k_positions).mT

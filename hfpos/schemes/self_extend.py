@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, RopeScaling, require_length
+from hfpos.schemes._remapping import Branch, Remapping
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfExtend(RopeScaling):
+class SelfExtend(Remapping):
     """Self-Extend: keys fewer than `window` tokens away are seen at their own distance, those farther away at distances of groups.
 
     The query at position i and the key at position j are rotated by i and j where `i - j < window`, else by
@@ -36,6 +36,9 @@ class SelfExtend(RopeScaling):
     5
     >>> SelfExtend(group_size=5).patched_length(model)
     16384
+    >>> query, key, value = torch.ones(3, 1, 2, 9, 4).unbind()
+    >>> SelfExtend(group_size=2, original_length=8)(query, key, value).shape
+    torch.Size([1, 2, 9, 4])
     """
 
     name = "self_extend"
@@ -53,10 +56,6 @@ class SelfExtend(RopeScaling):
         if self.group_size == 1:
             raise PatchError("self_extend: group_size=1 changes nothing; expected a group of 2 tokens or more")
 
-    @property
-    def seam(self) -> str:
-        return "score"
-
     def check(self, geometry: Geometry) -> None:
         original, window = self.resolved_original(geometry), self.resolved_window(geometry)
         if window >= original:
@@ -65,7 +64,7 @@ class SelfExtend(RopeScaling):
                 f"window below it, e.g. {max(original // 4, 1)}"
             )
         if self.group_size is None:
-            super().check(geometry)
+            RopeScaling.check(self, geometry)
             if self.patched_length(geometry) == original:
                 raise PatchError(
                     f"self_extend: a target of {original} tokens is the original length, where there is nothing to extend; pass a "
@@ -78,13 +77,10 @@ class SelfExtend(RopeScaling):
                 f"{self.patched_length(geometry)}; expected a group_size of at least {self._smallest_group(geometry)}, or leave it out"
             )
 
-    def frequencies(self, geometry: Geometry) -> tuple[torch.Tensor, float]:
-        return inverse_frequencies(geometry.theta, geometry.rotary_dim), 1.0
-
     def patched_length(self, geometry: Geometry) -> int:
         if self.factor is None and self.target_length is None:
             return self._reach(self.resolved_group(geometry), geometry)
-        return super().patched_length(geometry)
+        return RopeScaling.patched_length(self, geometry)
 
     def resolved_window(self, geometry: Geometry) -> int:
         """How many tokens are seen at their own distance."""
@@ -99,6 +95,15 @@ class SelfExtend(RopeScaling):
         group, window = self.resolved_group(geometry), self.resolved_window(geometry)
         grouped = positions // group
         return grouped + (window - window // group), grouped
+
+    def branches(self, geometry: Geometry, queries: torch.Tensor, keys: torch.Tensor) -> tuple[Branch, ...]:
+        edge = queries - self.resolved_window(geometry) + 1
+        query, _ = self.far_positions(geometry, queries)
+        _, key = self.far_positions(geometry, keys)
+        return Branch(edge, None, queries, keys), Branch(None, edge, query, key)
+
+    def unchanged(self, geometry: Geometry, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return (queries.amax(-1) - keys.amin(-1) < self.resolved_window(geometry)).all()
 
     def _smallest_group(self, geometry: Geometry) -> int:
         window = self.resolved_window(geometry)

@@ -86,7 +86,7 @@ class T5(Bias):
         bucket = torch.bucketize(size, torch.tensor(starts[1:], device=distance.device), right=True)
         return bucket + (distance < 0) * (self.num_buckets // 2) if self.bidirectional else bucket
 
-    def bias(
+    def formula(
         self,
         q_positions: torch.Tensor,
         k_positions: torch.Tensor,
@@ -95,9 +95,9 @@ class T5(Bias):
     ) -> torch.Tensor:
         """The bias (B, H, Q, K) of queries at (B, Q) and keys at (B, K) positions, in the dtype of the table.
 
-        >>> table, positions = torch.tensor([[0.5], [1.0], [2.0], [3.0]]), torch.arange(3)[None]
-        >>> T5(num_buckets=4).bias(positions, positions, {"table": table})[0, 0, 2]
-        tensor([2.0000, 1.0000, 0.5000])
+        >>> table = torch.tensor([[0.5], [1.0], [2.0], [3.0]])
+        >>> T5(num_buckets=4).bias(torch.tensor([2]), torch.arange(3), {"table": table})
+        tensor([[[2.0000, 1.0000, 0.5000]]])
         """
         buckets = self.buckets(q_positions[:, :, None] - k_positions[:, None, :])
         by_head = weights["table"].T.index_select(

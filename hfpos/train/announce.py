@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from hfpos.patching import can_run
+from hfpos.probe import can_run
 from hfpos.scheme import PatchError
 from hfpos.train.memory import estimate, size
 from hfpos.train.parallel import layout_of

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hfpos.evaluate.scoring import rows_at_once
-from hfpos.patching import can_run, causal_model
+from hfpos.patching import causal_model
+from hfpos.probe import can_run
 from hfpos.scheme import PatchError
 from hfpos.train.head_probe import Bend, bend_after, difference
 from hfpos.train.loss import IGNORED, linear_cross_entropy

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hfpos.patching import afresh, eval_mode, instead
+from hfpos.patching import afresh, instead
+from hfpos.probe import eval_mode
 
 
 # the first tells the slope, the second whether there is a cap; the others that this is all

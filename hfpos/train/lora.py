@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hfpos.learned_weights import LEARNED
+from hfpos.attention.learned import LEARNED, TABLE
 from hfpos.patching import causal_model
 from hfpos.scheme import PatchError
 
@@ -105,8 +105,7 @@ def _saved(model: Any, train: tuple[str, ...]) -> list[str]:
             raise PatchError(
                 f"lora.train: no module of {type(model).__name__} is called {word!r}; expected embeddings, norms or such a name"
             )
-    if any(name.rpartition(".")[2] == LEARNED for name, _ in model.named_modules()):
-        names.add(LEARNED)
+    names |= {LEARNED, TABLE} & {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return sorted(names)
 
 

@@ -67,7 +67,7 @@ def put_together(recipe: Recipe, model: Any, tokenizer: Any) -> nn.Module:
     """
     scheme = recipe.create_scheme()
     if scheme is not None:
-        hfpos.patch(model, scheme, tokenizer=tokenizer)
+        hfpos.patch(model, scheme, layers=recipe.layers, tokenizer=tokenizer)
     check_length(recipe, model)
     if recipe.data.packing == "documents":
         check_packing(model)

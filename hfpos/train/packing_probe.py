@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from hfpos.patching import afresh, can_run, causal_model, eval_mode
+from hfpos.patching import afresh, causal_model
+from hfpos.probe import can_run, eval_mode
 from hfpos.scheme import PatchError
 
 

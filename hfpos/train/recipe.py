@@ -35,6 +35,10 @@ _OURS = {
 class Recipe(Section):
     """A whole recipe.
 
+    Attributes:
+        scheme: the name and the parameters of the scheme that the model is patched with; none keeps the model as it is.
+        layers: the layers that get it, as for `hfpos.patch`; all unless given.
+
     >>> recipe = Recipe.parse({"model": {"path": "m"}, "scheme": {"name": "yarn", "factor": 4},
     ...                        "data": {"sources": "book.txt", "length": 512}, "training": {"output_dir": "out", "max_steps": 10}})
     >>> str(recipe.create_scheme()), recipe.data.sources[0].path
@@ -42,11 +46,12 @@ class Recipe(Section):
     >>> Recipe.parse({"modle": {"path": "m"}})
     Traceback (most recent call last):
     ...
-    hfpos.scheme.PatchError: the recipe has no key 'modle': did you mean 'model'? Available: data, evaluation, lora, model, scheme, training
+    hfpos.scheme.PatchError: the recipe has no key 'modle': did you mean 'model'? Available: data, evaluation, layers, lora, model, scheme, training
     """
 
     model: Model
     scheme: dict[str, Any] | None = None
+    layers: str | list[Any] | None = None
     data: Data
     lora: Lora | None = None
     training: dict[str, Any]
@@ -75,7 +80,8 @@ class Recipe(Section):
             recipe = cls.model_validate(values)
         except ValidationError as error:
             raise PatchError(_explain(error, name)) from error
-        recipe.create_scheme()
+        if recipe.create_scheme() is None and recipe.layers is not None:
+            raise PatchError(f"{name} has layers but no scheme that they get; add scheme, or leave layers out")
         recipe._check_training(name)
         recipe._check_together(name)
         return recipe

@@ -9,7 +9,7 @@ import hfpos
 from hfpos.bench import examine as examining
 from hfpos.bench import probes
 from hfpos.bench.examine import Cell, Row, examine, longest_input, random_ids, try_seam
-from hfpos.bench.matrix import BEGIN, END, replace_matrix, summary, table
+from hfpos.bench.matrix import part, replace_part, summary, table
 from hfpos.bench.oracle import alibi_logits, nope_logits
 from hfpos.bench.shrink import PARAMETER_LIMIT, TRAINED_LENGTH, causal_lm_classes
 from tests.tiny import tiny
@@ -149,14 +149,16 @@ def test_table_groups_equal_outcomes_and_explains_the_rest():
 
 
 def test_table_goes_between_the_markers_only():
-    text = f"head\n{BEGIN}\nold\n{END}\ntail"
-    assert replace_matrix(text, "new") == f"head\n{BEGIN}\nnew\n{END}\ntail"
-    with pytest.raises(hfpos.PatchError, match="add them"):
-        replace_matrix("no markers", "new")
+    text = "head\n<!-- matrix:begin -->\nold\n<!-- matrix:end -->\ntail"
+    assert replace_part(text, "matrix", "new") == text.replace("old", "new")
+    assert part(text, "matrix") == "old"
+    for broken in ("no markers", text.replace("matrix:end", "pairs:end")):
+        with pytest.raises(hfpos.PatchError, match="add them"):
+            replace_part(broken, "matrix", "new")
 
 
 def test_readme_table_parses_and_meets_the_goals():
-    body = README.read_text(encoding="utf-8").split(BEGIN, 1)[1].split(END, 1)[0]
+    body = part(README.read_text(encoding="utf-8"), "matrix")
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")
     ]

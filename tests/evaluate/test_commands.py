@@ -77,7 +77,16 @@ def test_blocks_are_the_longest_length_with_the_bos(monkeypatch, source, tmp_pat
 
 def test_compare_writes_a_report_and_gates(monkeypatch, capsys, source, tmp_path):
     model, text, _ = source
-    arguments = ["compare", model, "--schemes", "none,linear,alibi,learned", "--lengths", "32,128,256", "--data", text]
+    arguments = [
+        "compare",
+        model,
+        "--schemes",
+        "none,linear,alibi,learned(init='tile')",
+        "--lengths",
+        "32,128,256",
+        "--data",
+        text,
+    ]
     arguments += ["--retrieval", "key_value", "--trials", 2, "--depths", "0,1"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "a") == 0
     written = {path.name for path in (tmp_path / "a").iterdir()}
@@ -93,10 +102,10 @@ def test_compare_writes_a_report_and_gates(monkeypatch, capsys, source, tmp_path
     assert "progress" not in written
     found = load(tmp_path / "a" / "results.json").comparisons[0]
     assert [run.label for run in found.runs] == ["none", "linear", "alibi"]
-    assert "learned" in found.refused
+    assert "learned(init='tile')" in found.refused
     printed = capsys.readouterr().out
     assert str(tmp_path / "a" / "index.html") in printed
-    assert "resizes a learned table" in printed
+    assert "is for a model that has a table of positions" in printed
 
     worst = max(trades(found), key=lambda trade: trade.cost)
     assert worst.cost > 0.001
@@ -106,6 +115,33 @@ def test_compare_writes_a_report_and_gates(monkeypatch, capsys, source, tmp_path
     files = [tmp_path / name / "results.json" for name in "ab"]
     assert run(monkeypatch, "report", *files, "--out", tmp_path / "merged", "--max-regression", "10000%") == 0
     assert len(load(tmp_path / "merged" / "results.json").comparisons) == 2
+
+
+def test_compare_puts_several_models_side_by_side(monkeypatch, capsys, source, tmp_path):
+    model, text, tokenizer = source
+    for name in ("alibi", "nope"):
+        hfpos.patch(hfpos.from_pretrained(model), name).save_pretrained(tmp_path / name / "model")
+        tokenizer.save_pretrained(tmp_path / name / "model")
+    folders = [tmp_path / name / "model" for name in ("alibi", "nope")]
+    options = ["--data", text, "--lengths", "32,128", "--attention", 128, "--out", tmp_path / "out"]
+    assert run(monkeypatch, "compare", *folders, *options) == 0
+    assert "| alibi |" in capsys.readouterr().out
+    found = load(tmp_path / "out" / "results.json").comparisons
+    assert [(each.name, each.model.path, each.model.native_scheme) for each in found] == [
+        ("alibi", str(folders[0]), "alibi()"),
+        ("nope", str(folders[1]), "nope()"),
+    ]
+    alone = [run.perplexity.by_length[128].nll for each in found for run in each.runs]
+    for folder, nll in zip(folders, alone, strict=True):
+        ids = [tokenizer(each).input_ids for each in TEXTS]
+        assert perplexity(hfpos.from_pretrained(folder), ids, [128]).by_length[128].nll == pytest.approx(nll, rel=1e-5)
+    assert {"joint-perplexity.png", "joint-looks.png", "joint-heads.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    assert run(monkeypatch, "compare", folders[0], folders[0], *options) == 2
+    assert "a model is given twice" in capsys.readouterr().err
+    assert run(monkeypatch, "compare", *folders, *options, "--attention", 100_000) == 2
+    assert "attention=100000 is not usable" in capsys.readouterr().err
 
 
 def test_retrieval_commands(monkeypatch, capsys, source):

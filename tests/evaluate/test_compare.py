@@ -70,9 +70,11 @@ def test_the_trained_length_is_measured_in_any_case():
 
 def test_a_scheme_that_does_not_fit_or_breaks_is_refused_not_fatal():
     model = tiny("llama", vocab_size=96)
-    comparison = compare(model, documents(200), "learned,ntk,yarn(attention_factor=1e30)", [64, 128]).comparisons[0]
+    comparison = compare(
+        model, documents(200), "learned(init='tile'),ntk,yarn(attention_factor=1e30)", [64, 128]
+    ).comparisons[0]
     assert [run.label for run in comparison.runs][:2] == ["none", "ntk"]
-    assert "resizes a learned table" in comparison.refused["learned"]
+    assert "is for a model that has a table" in comparison.refused["learned(init='tile')"]
     broken = [*comparison.refused, *(run.label for run in comparison.runs)]
     assert "yarn(attention_factor=1e30)" in broken
 

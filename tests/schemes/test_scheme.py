@@ -23,7 +23,7 @@ def create(name, **parameters):
 
 
 def test_every_scheme_is_tried():
-    assert set(BY_SCHEME) == set(hfpos.schemes())
+    assert set(BY_SCHEME) == set(hfpos.schemes()) - {"encoder_decoder"}  # which no decoder takes
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -109,7 +109,7 @@ def test_pinned_is_the_set_of_the_target_length(name):
 
 def test_stock_parameters_name_what_they_need():
     for scheme in SCHEMES:
-        if isinstance(scheme, Rope) and scheme.name != "self_extend":  # which Transformers has no type for
+        if isinstance(scheme, Rope) and not hasattr(scheme, "branches"):  # which Transformers has no type for
             geometry = dataclasses.replace(LLAMA, head_dim=16, rotary_dim=16, trained_length=32, allowed_length=32)
             stock = scheme.stock(geometry)
             assert {"rope_type", "rope_theta"} <= stock.keys()

@@ -6,7 +6,9 @@ import pytest
 
 import hfpos
 from hfpos.train.arguments import training_arguments
+from hfpos.train.model import put_together
 from hfpos.train.recipe import Recipe
+from tests.tiny import tiny
 
 
 MINIMAL = """
@@ -103,6 +105,7 @@ def test_changes_reach_every_depth(tmp_path):
         ),
         (["evaluation={data: x, lengths: []}"], "evaluation.lengths"),
         (["training.output_dir=null"], "training.output_dir is missing"),
+        (["scheme=none", "layers=[1]"], "has layers but no scheme"),
         (["training"], "expected key=value"),
         (["data.sources=[a]", "data.sources.7.path=x"], "'7' is no place in a list of 1"),
     ],
@@ -127,6 +130,12 @@ def test_mistakes_are_named(tmp_path, changes, message):
 def test_what_is_no_recipe(tmp_path, text, message):
     with pytest.raises(hfpos.PatchError, match=message):
         load(tmp_path, text)
+
+
+def test_layers_get_the_scheme_that_others_do_not(tmp_path):
+    recipe = load(tmp_path, MINIMAL, "scheme=nope", "layers=[1]", "data.length=32", "data.packing=blocks")
+    model = put_together(recipe, tiny("llama"), None)
+    assert hfpos.describe(model).layers == "0: its own; 1: nope()"
 
 
 def test_no_is_a_word_for_a_strategy(tmp_path):
