@@ -17,11 +17,14 @@ Shapes: B batch (1 where all rows are alike), Q query tokens of this call, K key
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfpos.attention.sequence_parallel import Part, require_positions, sharing, take_part
+from hfpos.attention.sequence_parallel import require_positions, sharing, take_part
+from hfpos.cached_positions import CACHE_RECORD, CacheRecord, key_positions, prompt_lengths
+from hfpos.call import Call, Memo
+from hfpos.position_ids import masked_positions, refuse_hidden
 from hfpos.scheme import PatchError
 
 
@@ -29,124 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
-
-# The attribute of a cache under which the positions (and the pinned prompt lengths) of its keys are kept.
-CACHE_RECORD = "hfpos_record"
-
-
-class Memo:
-    """What one layer has worked out for the others of the same forward. Not a dict itself: accelerate and torch copy those on their way."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}
-
-
-class Call(NamedTuple):
-    """What one forward call tells its attention layers; travels as the keyword argument `hfpos`.
-
-    A tuple, so that accelerate's device hooks move the tensors in it along.
-
-    Attributes:
-        seam: what acts on queries, keys and logits (see `hfpos.attention.interface`); None where nothing does.
-        q_positions: (B, Q) int64.
-        k_positions: (B, K) int64, the keys in the cache and those of this call.
-        total: how many keys have been seen, those of this call included; a tensor under a static cache.
-        lengths: (B, 1) int64, the prompt lengths that a pinned scheme goes by; None elsewhere.
-        rotation: cos and sin, each (B, 1, Q, R/2) float32, where attention rotates before it caches; None elsewhere.
-        weights: the seam's learned weights, of all layers; None where nothing is learned.
-        part: this process's part of a sequence that several share; None where it has all of it.
-        memo: what one layer has worked out for the others.
-    """
-
-    seam: Any
-    q_positions: torch.Tensor
-    k_positions: torch.Tensor
-    total: int | torch.Tensor
-    lengths: torch.Tensor | None = None
-    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
-    weights: dict[str, torch.Tensor] | None = None
-    part: Part | None = None
-    memo: Memo | None = None
-
-    def keys_of_layer(self, length: int) -> torch.Tensor:
-        """Positions (B, length) of the keys one layer sees: a sliding layer sees the last ones, a static one has room left over."""
-        known = self.k_positions.shape[-1]
-        if length == known:
-            return self.k_positions
-        if not isinstance(self.total, torch.Tensor):
-            if length < known:
-                return self.k_positions[:, known - length :]
-            return torch.nn.functional.pad(self.k_positions, (0, length - known))
-        start = (self.total - length).clamp(min=0)
-        index = (start + torch.arange(length, device=self.k_positions.device)).clamp(max=known - 1)
-        return self.k_positions[:, index]
-
-
-class CacheRecord(NamedTuple):
-    """What is remembered with a cache: the positions of its keys and, for pinned schemes, each row's prompt length."""
-
-    k_positions: torch.Tensor
-    lengths: torch.Tensor | None
-
-
-class TruePositions:
-    """Forward pre-hook of a rotary embedding or position table: puts the true ids in the place of the closed-up ones."""
-
-    def __init__(self, source: PositionHook, argument: int) -> None:
-        self.source = source
-        self.argument = argument
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Replace `position_ids` where the hook of this call has closed gaps up."""
-        true = self.source.true_ids
-        if true is None:
-            return None
-        if "position_ids" in kwargs:
-            return args, kwargs | {"position_ids": true.to(kwargs["position_ids"].device)}
-        given = args[self.argument]
-        return (*args[: self.argument], true.to(given.device), *args[self.argument + 1 :]), kwargs
-
-
-class OuterPositionIds:
-    """Forward pre-hook of a language model whose head does not hand `position_ids` on to its decoder (BLOOM)."""
-
-    def __init__(self, target: PositionHook) -> None:
-        self.target = target
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Keep the caller's ids for the decoder's own hook."""
-        self.target.outer_ids = kwargs.pop("position_ids", None)
-        return args, kwargs
-
-
-class MaskedPositionIds:
-    """Forward pre-hook of a composite model, which would count positions itself, padding included, before its decoder is asked."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.arguments = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Put in the position ids that follow from a 2-D attention mask, unless the caller gave some."""
-        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
-        mask, tokens = kwargs.get("attention_mask"), kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        wanted = "position_ids" in self.arguments and kwargs.get("position_ids") is None
-        if wanted and tokens is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            cache = kwargs.get("past_key_values")
-            past = 0 if cache is None else cache.get_seq_length()
-            kwargs["position_ids"] = masked_positions(mask, past, tokens.shape[1])
-        return (), kwargs
-
-
-def masked_positions(mask: torch.Tensor, past: int | torch.Tensor, tokens: int) -> torch.Tensor:
-    """Positions (B, tokens) of the tokens after the first `past` under a mask (B, >= past + tokens) that is 0 where there is padding."""
-    if isinstance(past, int) and mask.shape[-1] < past + tokens:
-        raise PatchError(
-            f"the attention_mask covers {mask.shape[-1]} tokens; expected one entry for each of the {past} tokens in the cache and the "
-            f"{tokens} of this call"
-        )
-    index = torch.arange(tokens, device=mask.device) + past
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, index]
 
 
 class PositionHook:
@@ -218,23 +103,7 @@ class PositionHook:
                 "only; give each process whole sequences"
             )
         require_positions(shared, given, past)
-        if given is not None:
-            positions = given.to(device)
-            if positions.ndim != 2:
-                raise PatchError(
-                    f"position_ids have shape {tuple(positions.shape)}; a patched model expects (batch, tokens), one position a token"
-                )
-            if self.first:
-                positions = (positions - self.first).clamp(min=0)
-        elif mask is not None:
-            positions = masked_positions(mask.to(device), past, shape[1])
-        elif self.padding is not None and kwargs.get("input_ids") is not None:
-            positions = masked_positions(kwargs["input_ids"] != self.padding, 0, shape[1]) + past
-        else:
-            if self.table is not None or (self.seam is not None and self.seam.absolute):
-                _refuse_hidden(kwargs.get("attention_mask"), past)
-            positions = (torch.arange(shape[1], device=device) + past)[None]
-
+        positions = self._work_out(given, mask, past, shape[1], device, kwargs)
         self.true_ids, self.positions = None, positions
         if given is not None and kwargs.get("attention_mask") is None and cache is None:
             self._close_gaps(module, positions, shape, kwargs)
@@ -267,6 +136,25 @@ class PositionHook:
                 f"{type(module).__name__} was called without input_ids and without inputs_embeds; give one of them"
             )
         return (tokens.shape[0], tokens.shape[1]), tokens.device
+
+    def _work_out(
+        self, given: Any, mask: Any, past: Any, tokens: int, device: torch.device, kwargs: dict
+    ) -> torch.Tensor:
+        """Positions (B, tokens) of the tokens of this call, from the ids that were given, a mask, the padding, or by counting."""
+        if given is not None:
+            positions = given.to(device)
+            if positions.ndim != 2:
+                raise PatchError(
+                    f"position_ids have shape {tuple(positions.shape)}; a patched model expects (batch, tokens), one position a token"
+                )
+            return (positions - self.first).clamp(min=0) if self.first else positions
+        if mask is not None:
+            return masked_positions(mask.to(device), past, tokens)
+        if self.padding is not None and kwargs.get("input_ids") is not None:
+            return masked_positions(kwargs["input_ids"] != self.padding, 0, tokens) + past
+        if self.table is not None or (self.seam is not None and self.seam.absolute):
+            refuse_hidden(kwargs.get("attention_mask"), past)
+        return (torch.arange(tokens, device=device) + past)[None]
 
     def _close_gaps(self, module: Any, positions: torch.Tensor, shape: tuple[int, int], kwargs: dict) -> None:
         """Keep the true ids aside and give the mask code ids that jump only where a document begins (where ids do not rise)."""
@@ -330,72 +218,7 @@ class PositionHook:
         if shared is not None:
             positions, part = take_part(shared, module.config, positions, mask)
         record: CacheRecord | None = getattr(cache, CACHE_RECORD, None)
-        k_positions, total = self._keys(positions, mask, cache, past, record, batch)
-        lengths = self._prompt_lengths(positions, past, record, batch) if self.pins_prompt else None
+        k_positions, total = key_positions(positions, mask, cache, past, record, batch)
+        lengths = prompt_lengths(positions, past, record, batch) if self.pins_prompt else None
         weights = self.seam.gather(module)
         return Call(self.seam, positions, k_positions, total, lengths, rotation, weights, part, Memo())
-
-    @staticmethod
-    def _prompt_lengths(positions: torch.Tensor, past: Any, record: CacheRecord | None, batch: int) -> torch.Tensor:
-        """The length (B, 1) of each row's prompt, which is what an empty cache is filled with first."""
-        lengths = positions.amax(-1, keepdim=True) + 1
-        if record is None or record.lengths is None or (isinstance(past, int) and past == 0):
-            return lengths
-        known = _rows(record.lengths, batch).to(positions.device)
-        return torch.where(past == 0, lengths, known) if isinstance(past, torch.Tensor) else known
-
-    def _keys(
-        self, positions: torch.Tensor, mask: Any, cache: Any, past: Any, record: CacheRecord | None, batch: int
-    ) -> tuple[torch.Tensor, int | torch.Tensor]:
-        """Positions (B, K) of all keys, those the cache was filled with and those of this call, and how many they are."""
-        tokens = positions.shape[-1]
-        # A static cache has room for keys to come. One whose first layer slides counts in Python, though, and needs no room here.
-        if not getattr(cache, "is_compileable", False) or cache.is_sliding[0]:
-            if cache is None or (isinstance(past, int) and past == 0):
-                return positions, tokens
-            before = self._known(record, mask, past, batch, positions.device)[:, :past]
-            rows = max(before.shape[0], positions.shape[0])
-            return torch.cat((before.expand(rows, -1), positions.expand(rows, -1)), dim=-1), past + tokens
-        before = self._known(record, mask, cache.get_max_length(), batch, positions.device)
-        rows = max(before.shape[0], positions.shape[0])
-        index = torch.arange(tokens, device=positions.device) + past
-        return before.expand(rows, -1).index_copy(1, index, positions.expand(rows, -1)), index[-1] + 1
-
-    @staticmethod
-    def _known(record: CacheRecord | None, mask: Any, length: int, batch: int, device: torch.device) -> torch.Tensor:
-        """Positions (B, >= length) of the cached keys. A cache that was filled elsewhere is taken to hold consecutive tokens."""
-        if record is not None and record.k_positions.shape[-1] >= length:
-            return _rows(record.k_positions, batch).to(device)
-        if mask is not None and mask.shape[-1] >= length:
-            return (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)
-        return torch.arange(length, device=device)[None]
-
-
-def _refuse_hidden(mask: Any, past: int | torch.Tensor) -> None:
-    """Raise `PatchError` where a 4-D mask hides earlier tokens, so that counting would not tell where the others stand."""
-    if (
-        not isinstance(mask, torch.Tensor)
-        or mask.ndim != 4
-        or torch.compiler.is_compiling()
-        or not isinstance(past, int)
-    ):
-        return
-    visible = mask if mask.dtype == torch.bool else mask == 0
-    if not bool(visible.tril(past).eq(torch.ones_like(visible).tril(past)).all()):
-        raise PatchError(
-            "the 4-D attention_mask hides earlier tokens (padding, or documents packed into a row) and no position_ids came with it, so "
-            "where the others stand cannot be told; pass position_ids, or a 2-D attention_mask"
-        )
-
-
-def _rows(recorded: torch.Tensor, batch: int) -> torch.Tensor:
-    """The record's rows for a batch that may have been widened since, as beam search and `num_return_sequences` do."""
-    rows = recorded.shape[0]
-    if rows in (1, batch):
-        return recorded
-    if batch % rows:
-        raise PatchError(
-            f"the cache was filled with a batch of {rows} rows and is now used with {batch}; expected the same rows, or each of them "
-            "repeated equally often"
-        )
-    return recorded.repeat_interleave(batch // rows, dim=0)

@@ -11,7 +11,7 @@ import torch
 
 from hfpos.attention.dense import causal
 from hfpos.attention.score import score_rotation
-from hfpos.positions import Call
+from hfpos.call import Call
 from hfpos.scheme import Geometry, PatchError
 from hfpos.scheme.alone import NO_MODEL, check_batch, check_positions
 

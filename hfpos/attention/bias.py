@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hfpos.attention.sequence_parallel import Part
-    from hfpos.positions import Call
+    from hfpos.call import Call
     from hfpos.scheme import Bias, Geometry
 
 

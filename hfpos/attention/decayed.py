@@ -28,7 +28,7 @@ from hfpos.scheme import PatchError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
     from hfpos.scheme import Geometry
     from hfpos.schemes.xpos import XPos
 

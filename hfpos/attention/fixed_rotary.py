@@ -21,7 +21,7 @@ from hfpos.scheme import PatchError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
     Table = tuple[torch.Tensor, torch.Tensor]
 

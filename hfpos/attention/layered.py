@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
 
 class LayeredSeam(Seam):

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ from hfpos.attention.whole_rows import refuse_whole_rows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
     from hfpos.scheme import Geometry
     from hfpos.schemes._remapping import Remapping
 

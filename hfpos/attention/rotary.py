@@ -22,7 +22,7 @@ from hfpos.rotation import cos_sin, rotate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
     from hfpos.scheme import Geometry
     from hfpos.schemes._length_aware import LengthAwareRope
 

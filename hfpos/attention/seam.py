@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
 
 class Seam(ABC):

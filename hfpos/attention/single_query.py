@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hfpos.attention.remapped import RemappedRotation
-    from hfpos.positions import Call
+    from hfpos.call import Call
     from hfpos.schemes._remapping import Branch
 
 

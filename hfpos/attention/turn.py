@@ -15,7 +15,7 @@ from hfpos.rotation import cos_sin, rotate
 
 
 if TYPE_CHECKING:
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
 
 class Turn:

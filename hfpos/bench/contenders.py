@@ -16,7 +16,7 @@ from hfpos.attention.bias import BiasedAttention
 from hfpos.attention.dense import add_bias, causal
 from hfpos.attention.interface import stock_function
 from hfpos.attention.separable import separable_attention
-from hfpos.positions import Call, Memo
+from hfpos.call import Call, Memo
 from hfpos.scheme import Bias, Geometry
 
 

@@ -214,33 +214,9 @@ class Family(ABC):
         edits: list[Edit] = [*copied]
         length = scheme.patched_length(geometry)
         edits += self._length_edits(length, config)
-        options: dict[str, Any] = self.position_options()
-        stock = False
-        if isinstance(scheme, PerLayer):
-            layered, seams = self.layered_edits(scheme.of_layers(layer_types(self.config)), geometry, config)
-            edits += layered
-            if any(seams):
-                options |= {"seam": LayeredSeam(seams), "pins_prompt": scheme.pins_prompt}
-                edits += self._learned_edits(self._learned_of(scheme), geometry)
-        elif self.resizes(scheme):
-            edits += self.resize_edits(scheme, config)
-            stock = True
-        elif scheme.seam == "freq":
-            rotary, stock, more = self.rotary_edits(scheme, geometry, config, whole)  # type: ignore[arg-type]
-            edits, options = edits + rotary, options | more
-        else:
-            edits += self.positions_off(config)
-            if scheme.seam == "bias":
-                options["seam"] = BiasedAttention(self.bias_scheme(scheme), geometry)  # type: ignore[arg-type]
-                edits += self._learned_edits(scheme, geometry)  # type: ignore[arg-type]
-            elif scheme.seam == "score":
-                options["seam"] = self.score_seam(scheme, geometry)
-                options["pins_prompt"] = getattr(scheme, "pins_prompt", False)
-            elif isinstance(scheme, Learned):
-                edits += self._table_edits(scheme, length)
-                options["table"] = TABLE
-            elif scheme.seam == "embed":
-                options["table"] = scheme.table  # type: ignore[attr-defined]
+        edits_of_scheme, more, stock = self._edits_of(scheme, geometry, config, whole)
+        edits += edits_of_scheme
+        options = self.position_options() | more
         if options.get("seam") is not None:
             config._attn_implementation = self._patched_backend(backend, options["seam"])
         elif backend != "auto":
@@ -256,6 +232,32 @@ class Family(ABC):
         edits += self._tokenizer_edits(tokenizer, length)
         self._mark(scheme, whole, stock)
         return Plan(tuple(edits))
+
+    def _edits_of(
+        self, scheme: Any, geometry: Geometry, config: Any, whole: Any
+    ) -> tuple[list[Edit], dict[str, Any], bool]:
+        """The edits that belong to the scheme's seam, options of the `PositionHook`, and whether the result is a stock model."""
+        if isinstance(scheme, PerLayer):
+            edits, seams = self.layered_edits(scheme.of_layers(layer_types(self.config)), geometry, config)
+            if not any(seams):
+                return edits, {}, False
+            options = {"seam": LayeredSeam(seams), "pins_prompt": scheme.pins_prompt}
+            return edits + self._learned_edits(self._learned_of(scheme), geometry), options, False
+        if self.resizes(scheme):
+            return self.resize_edits(scheme, config), {}, True
+        if scheme.seam == "freq":
+            edits, stock, options = self.rotary_edits(scheme, geometry, config, whole)
+            return edits, options, stock
+        edits = self.positions_off(config)
+        if scheme.seam == "bias":
+            edits += self._learned_edits(scheme, geometry)
+            return edits, {"seam": BiasedAttention(self.bias_scheme(scheme), geometry)}, False
+        if scheme.seam == "score":
+            pins_prompt = getattr(scheme, "pins_prompt", False)
+            return edits, {"seam": self.score_seam(scheme, geometry), "pins_prompt": pins_prompt}, False
+        if isinstance(scheme, Learned):
+            return edits + self._table_edits(scheme, scheme.patched_length(geometry)), {"table": TABLE}, False
+        return edits, {"table": scheme.table} if scheme.seam == "embed" else {}, False
 
     def backend(self) -> str | None:
         """The attention implementation that the patched model stands on."""

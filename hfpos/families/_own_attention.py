@@ -15,7 +15,8 @@ from hfpos.attention.interface import PREFIX
 from hfpos.families._family import Family
 from hfpos.families.gpt2 import PositionTables, geometry_without_rotary
 from hfpos.plan import Hook, set_attribute, swap_class
-from hfpos.positions import OuterPositionIds, PositionHook
+from hfpos.position_ids import OuterPositionIds
+from hfpos.positions import PositionHook
 from hfpos.rotation import rotate
 from hfpos.scheme import Geometry, Rope, Scheme
 from hfpos.schemes.alibi import Alibi, alibi_slopes
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from hfpos.attention.seam import Seam
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call
 
 
 def attend(

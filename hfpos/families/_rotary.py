@@ -20,7 +20,8 @@ from hfpos.families._measured_rotation import measure_rotation
 from hfpos.families._rotary_module import RotarySwap, check_obeys, find_convention, fix, frequency_names, scaling_name
 from hfpos.families._windows import refuse_within_windows
 from hfpos.plan import Hook
-from hfpos.positions import MaskedPositionIds, PositionHook, TruePositions
+from hfpos.position_ids import MaskedPositionIds, TruePositions
+from hfpos.positions import PositionHook
 from hfpos.probe import can_run, probe
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, Rope, Scheme
@@ -282,7 +283,7 @@ class RotaryDecoder(Family):
     def unscaled_reference(self, scheme: Any) -> Dynamic | None:
         parts: list[Any] = scheme.distinct() if isinstance(scheme, PerLayer) else [scheme]
         taken_over = [each for each in parts if each.seam == "score" and self.native() == "rope"]
-        return Dynamic(original_length=taken_over[0].original_length) if taken_over else None
+        return Dynamic(original_length=getattr(taken_over[0], "original_length", None)) if taken_over else None
 
     def stateful_modules(self) -> list[nn.Module]:
         return [self.rotary]

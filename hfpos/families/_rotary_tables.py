@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hfpos.positions import Call
+from hfpos.call import Call
 
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from hfpos.scheme import PatchError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call
 
 
 class BloomAttention(modeling_bloom.BloomAttention):

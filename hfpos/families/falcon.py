@@ -21,8 +21,8 @@ from hfpos.plan import set_attribute
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call
 
 
 class FalconAttention(modeling_falcon.FalconAttention):

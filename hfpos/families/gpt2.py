@@ -14,7 +14,8 @@ from hfpos.constant import Constant
 from hfpos.families._family import Family
 from hfpos.families._tables import resized_table
 from hfpos.plan import Hook, Swap, freeze, swap_class
-from hfpos.positions import PositionHook, TruePositions
+from hfpos.position_ids import TruePositions
+from hfpos.positions import PositionHook
 from hfpos.rotation import cos_sin, rotate
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.learned import Learned
@@ -23,8 +24,8 @@ from hfpos.schemes.learned import Learned
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call
 
 DEFAULT_THETA = 10_000.0
 

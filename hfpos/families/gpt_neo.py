@@ -18,8 +18,9 @@ from hfpos.schemes.learned import Learned
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call, PositionHook
+    from hfpos.positions import PositionHook
 
 
 class GPTNeoAttention(modeling_gpt_neo.GPTNeoSelfAttention):

@@ -14,7 +14,7 @@ from hfpos.families._own_attention_rotary import OwnAttentionRotary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
 
 class JapaneseAttention(modeling.GPTNeoXJapaneseAttention):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hfpos.attention.seam import Seam
-    from hfpos.positions import Call
+    from hfpos.call import Call
 
 CONVENTION = "interleaved"
 

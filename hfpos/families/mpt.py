@@ -19,8 +19,8 @@ from hfpos.plan import set_attribute
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call
 
 
 class MptAttention(modeling_mpt.MptAttention):

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from hfpos.call import Call
     from hfpos.plan import Edit
-    from hfpos.positions import Call, PositionHook
+    from hfpos.positions import PositionHook
 
 
 class NoSinusoids(modeling_xglm.XGLMSinusoidalPositionalEmbedding):

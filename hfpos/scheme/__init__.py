@@ -6,7 +6,7 @@ only the mathematics: tensors in, tensors out, no model.
 | seam | what the scheme implements |
 |---|---|
 | `freq` | `frequencies(geometry)`, and `stock(geometry)` where Transformers has a `rope_type` for it |
-| `score` | `frequencies_at(geometry, lengths)`: frequencies chosen by the current length; or `far_positions(geometry, positions)`: other positions for what is far; keys are cached unrotated |
+| `score` | `frequencies_at(geometry, lengths)`: frequencies chosen by the current length; or `branches(geometry, queries, keys)`: other positions for what is far; or `decay(geometry)`; keys are cached unrotated |
 | `bias` | `weights(geometry)`, `formula(q_positions, k_positions, weights, query)`, and `factors(...)` where the bias is separable |
 | `embed` | `table(positions, width)`, or `resize(weight)` for a learned table |
 | `none` | nothing: the model gets no position at all |

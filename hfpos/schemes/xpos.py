@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -38,10 +37,6 @@ class XPos(Alone, Scheme):
     name = "xpos"
     paper = "arXiv 2212.10554"
     summary = "rotary embeddings whose dimensions decay with the distance"
-
-    original_length: ClassVar[int | None] = (
-        None  # as every scheme of the score seam says; xPos has no length of its own
-    )
 
     scale_base: float = 512
 

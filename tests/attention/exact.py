@@ -15,7 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import hfpos
 from hfpos.attention.bias import BiasedAttention
-from hfpos.positions import Call
+from hfpos.call import Call
 from hfpos.scheme import Geometry
 
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hfpos
 from hfpos.attention.bias import BiasedAttention
-from hfpos.positions import Call
+from hfpos.call import Call
 from hfpos.scheme import Geometry
 from hfpos.schemes import Alibi
 from tests.pairs import ROTARY, difference, tokens, unpatched, use_backend

@@ -9,7 +9,7 @@ import torch
 
 import hfpos
 from hfpos.attention import rotary
-from hfpos.positions import Call
+from hfpos.call import Call
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry
 from tests.pairs import ORIGINAL, difference, tokens, unpatched

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfpos
 from hfpos.attention import remapped, tiles
-from hfpos.positions import Call
+from hfpos.call import Call
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError
 from tests.pairs import ORIGINAL, ROTARY, difference, tokens, unpatched, use_backend
