@@ -14,12 +14,15 @@ from transformers import PreTrainedConfig
 from hfpos.attention.learned import LEARNED, TABLE
 from hfpos.plan import Attribute, set_attribute
 from hfpos.scheme import PatchError
+from hfpos.version import __version__
 
 
 if TYPE_CHECKING:
     import os
 
     from torch import nn
+
+    from hfpos.scheme import Scheme
 
 BLOCK = "hfpos"  # the key of config.json, and of adapter_config.json, that says which scheme the weights need
 
@@ -140,6 +143,25 @@ def changed_values(old: Any, new: Any) -> dict[str, Any]:
     """The values of `old` that are different in `new`, as JSON."""
     before, after = old.to_dict(), new.to_dict()
     return {key: before[key] for key in before if key in after and before[key] != after[key]}
+
+
+def write_block(config: Any, stock_config: Any, scheme: Scheme, stock: bool) -> None:
+    """Write into `config` what travels with the checkpoint of a patched model.
+
+    Args:
+        stock_config: the unpatched model's.
+        stock: stock Transformers loads the model with equal logits; else its loaders are to refuse it.
+    """
+    block = {
+        "version": __version__,
+        "scheme": scheme.name,
+        "parameters": scheme.parameters(),
+        "base": changed_values(stock_config, config),
+        "stock": stock,
+    }
+    setattr(config, BLOCK, block)
+    if not stock:
+        guard(config)
 
 
 class _MarkedAdapter:

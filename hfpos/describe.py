@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfpos.attention.fixed_rotary import FixedRotation
 from hfpos.attention.interface import backend_of, patched_backend
+from hfpos.attention.layered import listed
 from hfpos.families import REGISTRY, family_of
-from hfpos.families._layers import layer_types, listed
+from hfpos.families._layers import layer_types
 from hfpos.families._rotary_module import frequency_names, scaling_name
 from hfpos.patching import language_model, record_of
 from hfpos.positions import PositionHook

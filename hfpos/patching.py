@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hfpos.families import family_of
-from hfpos.families._layers import in_layers, listed
-from hfpos.layer_proof import idle_layers
+from hfpos.families._layers import in_layers
 from hfpos.probe import can_run, probe, without_trace
+from hfpos.proof import prove_patch, prove_rotation
 from hfpos.scheme import Geometry, PatchError, Scheme
 from hfpos.schemes import REGISTRY
 
@@ -95,9 +96,11 @@ def patch(
     if previous is not None:
         _undo(target, previous)
     try:
-        if layers is not None:
-            chosen = in_layers(chosen, layers, family_of(target))
-        _patch(model, target, chosen, tokenizer, prove, backend)
+        family = family_of(target)
+        with _naming(chosen, family):
+            if layers is not None:
+                chosen = in_layers(chosen, layers, family)
+            _patch(model, family, chosen, tokenizer, prove, backend)
     except BaseException:
         if previous is not None:
             _apply(target, previous)
@@ -179,6 +182,19 @@ def _resolve(scheme: str | Scheme, parameters: dict[str, Any]) -> Scheme:
     return REGISTRY[scheme].create(**parameters)
 
 
+@contextlib.contextmanager
+def _naming(scheme: Scheme, family: Family) -> Iterator[None]:
+    """Let the message of every `PatchError` say which scheme met which model."""
+    try:
+        yield
+    except PatchError as error:
+        model = type(family.model).__name__
+        words = set(re.findall(r"\w+", str(error)))
+        if scheme.name not in words or not words & {model, family.name}:
+            error.args = (f"{error} ({scheme.name} on {model}, family {family.name})",)
+        raise
+
+
 def refuse_compiled(model: nn.Module) -> None:
     compiled = any(
         hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()
@@ -189,10 +205,8 @@ def refuse_compiled(model: nn.Module) -> None:
         )
 
 
-def _patch(
-    model: nn.Module, target: PreTrainedModel, scheme: Scheme, tokenizer: Any, prove: bool, backend: str
-) -> None:
-    family = family_of(target)
+def _patch(model: nn.Module, family: Family, scheme: Scheme, tokenizer: Any, prove: bool, backend: str) -> None:
+    target = family.model
     plan = family.plan(scheme, model, tokenizer, backend)
     record = Record(scheme, plan, family.geometry(), family.name)
     proving = prove and can_run(target) and not family.is_unchanged(scheme, record.geometry)
@@ -201,12 +215,12 @@ def _patch(
         before = probe(family, family.probe_positions(record.geometry))
         reference = family.unscaled_reference(scheme)
         if reference is not None:
-            _prove_rotation(family_of(target), reference, model)
+            prove_rotation(family_of(target), reference, model)
     _apply(target, record)
     if before is None:
         return
     try:
-        _prove(family, record, before)
+        prove_patch(family, record, before)
     except BaseException:
         _undo(target, record)
         raise
@@ -243,51 +257,3 @@ def afresh(model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return without_trace(family_of(language_model(model)))
     except PatchError:
         return contextlib.nullcontext()  # not a family hfpos knows
-
-
-def _prove_rotation(family: Family, reference: Scheme, root: nn.Module) -> None:
-    """Show that the rotation which attention is to take over is the family's own, in every layer."""
-    near = list(range(8))
-    expected = probe(family, near)
-    plan = family.plan(reference, root)
-    plan.apply()
-    try:
-        found = probe(family, near)
-    finally:
-        plan.undo()
-    tolerance = 0.05 if family.model.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    if (found - expected).abs().max() > tolerance * expected.abs().max():
-        raise PatchError(
-            f"{type(family.model).__name__} rotates queries and keys in a way that the score seam does not reproduce; use a scheme of "
-            "the freq seam, e.g. cache='pinned' with a target_length"
-        )
-
-
-def _prove(family: Family, record: Record, before: torch.Tensor) -> None:
-    try:
-        after = probe(family, family.probe_positions(record.geometry))
-    except PatchError:
-        raise
-    except Exception as error:
-        raise PatchError(
-            f"{type(family.model).__name__} does not run with {record.scheme} ({type(error).__name__}: {error}); the model was left as it was"
-        ) from error
-    if not torch.isfinite(after).all():
-        raise PatchError(
-            f"{record.scheme} gives logits that are not finite on {type(family.model).__name__}; the model was left as it was"
-        )
-    idle = idle_layers(
-        family.decoder, family.changed_layers(), lambda: probe(family, family.probe_positions(record.geometry))
-    )
-    if idle:
-        raise PatchError(
-            f"layer{'s' if len(idle) > 1 else ''} {listed(idle)} of {type(family.model).__name__} ({family.name}) did not change under "
-            f"{record.scheme}: {'they do' if len(idle) > 1 else 'it does'} not rotate queries and keys, or have that scheme already; leave "
-            f"{'them' if len(idle) > 1 else 'it'} out of layers= (None in per_layer)"
-        )
-    grows = family.resizes(record.scheme)  # a longer table may keep its trained rows, which the probe looks at
-    if torch.equal(before, after) and not grows:
-        raise PatchError(
-            f"{record.scheme} did not change the logits of {type(family.model).__name__} at positions beyond its trained length; the "
-            "model was left as it was. If these parameters are meant to change nothing, pass prove=False"
-        )

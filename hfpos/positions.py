@@ -172,10 +172,10 @@ class PositionHook:
         if kwargs.get("use_cache") is None and (torch.compiler.is_compiling() or bool(begins.any())):
             kwargs["use_cache"] = False  # transformers keeps packed documents apart only in a call without a cache
         if self.masks_packing:
-            from transformers.masking_utils import create_causal_mask
+            from transformers.masking_utils import create_masks_for_generate  # one for each type of layer
 
             like = torch.empty((*shape, 0), device=positions.device, dtype=next(module.parameters()).dtype)
-            kwargs["attention_mask"] = create_causal_mask(
+            kwargs["attention_mask"] = create_masks_for_generate(
                 module.config, inputs_embeds=like, attention_mask=None, past_key_values=None, position_ids=closed
             )
 

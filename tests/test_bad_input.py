@@ -36,7 +36,7 @@ CASES = [
             "llama",
             scheme,
             {"factor": factor},
-            f"{scheme}: factor={factor!r} is not usable; expected a finite number > 0",
+            f"{scheme}: factor={factor!r} is not usable; expected a finite number >= 1",
         )
         for scheme in ("linear", "yarn", "alibi")
         for factor in (0, -2, math.nan, math.inf, "4", True, [4], 1 + 1j)
@@ -104,7 +104,7 @@ CASES = [
         "longrope: long_factor has 7 entries, the model has 8 frequencies",
     ),
     ("llama", "longrope", {**LONG, "factor": 4, "long_factor": [0.0] * 8}, "longrope: long_factor=0.0 is not usable"),
-    ("llama", "alibi", {"slopes": [0.5]}, "alibi: 1 slopes were given, the model has 4 attention heads"),
+    ("llama", "alibi", {"slopes": [0.5]}, "alibi: 1 values of slopes were given, the model has 4 attention heads"),
     (
         "llama",
         "alibi",

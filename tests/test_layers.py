@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -184,6 +185,38 @@ def test_the_layers_of_the_default_are_the_plain_scheme():
     assert hfpos.describe(model).stock_loadable
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        numpy.array([1, 3]),
+        [numpy.int64(1), numpy.int64(3)],
+        torch.tensor([1, 3]),
+        numpy.array([False, True, False, True]),
+        torch.tensor([False, True, False, True]),
+    ],
+)
+def test_indices_and_flags_of_numpy_and_torch(layers):
+    model = hfpos.patch(four_layers("llama"), "nope", layers=layers)
+    assert model.config.hfpos == hfpos.patch(four_layers("llama"), "nope", layers=[1, 3]).config.hfpos
+
+
+@pytest.mark.parametrize("scheme", ["t5", "shaw"])
+def test_a_bias_that_starts_at_zero_goes_into_layers_without_positions(scheme, tmp_path):
+    model, ids = four_layers("smollm3"), tokens(1, 40)
+    before = model(ids).logits
+    hfpos.patch(model, scheme, layers=[3])
+    torch.testing.assert_close(model(ids).logits, before)
+    for weight in model.model.hfpos_bias.parameters():
+        torch.nn.init.normal_(weight)
+    after = model(ids).logits
+    assert difference(after, before) > 1e-3
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(hfpos.from_pretrained(tmp_path)(ids).logits, after)
+    linear = tiny("qwen3_next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(hfpos.PatchError, match="layer 0 of Qwen3NextForCausalLM"):
+        hfpos.patch(linear, scheme, layers=[0])
+
+
 def test_types_of_layers_by_name():
     model = four_layers("gemma3_text")
     hfpos.patch(model, "per_layer", schemes={"full_attention": "nope"})
@@ -202,6 +235,8 @@ def test_types_of_layers_by_name():
         ("llama", {"scheme": "nope", "layers": [1, 1]}, "twice"),
         ("llama", {"scheme": "nope", "layers": []}, "names no layer"),
         ("llama", {"scheme": "nope", "layers": 2}, "expected a list of indices"),
+        ("llama", {"scheme": "nope", "layers": {1: "yarn"}}, "expected a list of indices"),
+        ("llama", {"scheme": "nope", "layers": torch.tensor([[0, 1]])}, "is no layer of this model"),
         ("llama", {"scheme": "nope", "layers": "sliding_attention"}, "its types are 'full_attention'"),
         ("llama", {"scheme": "sinusoidal", "layers": [1]}, "acts on the embeddings"),
         ("llama", {"scheme": "per_layer", "schemes": ["nope"] * 4, "layers": [1]}, "not both"),
@@ -212,6 +247,7 @@ def test_types_of_layers_by_name():
         ("llama", {"scheme": "per_layer", "schemes": {"sliding_attention": "nope"}}, "no layers of type"),
         ("llama", {"scheme": "per_layer", "schemes": ["yarm(factor=4)", None, None, None]}, "did you mean 'yarn'"),
         ("llama", {"scheme": "per_layer", "schemes": ["yarn", None, None, None]}, "pass factor="),
+        ("llama", {"scheme": "per_layer", "schemes": ["self_extend", None, None, None]}, "pass factor="),
         (
             "gemma3_text",
             {"scheme": "dynamic", "factor": 4, "layers": "sliding_attention"},

@@ -12,8 +12,8 @@ import torch
 from hfpos.attention.dense import causal
 from hfpos.attention.score import score_rotation
 from hfpos.call import Call
-from hfpos.scheme import Geometry, PatchError
-from hfpos.scheme.alone import NO_MODEL, check_batch, check_positions
+from hfpos.scheme import PatchError
+from hfpos.scheme.alone import check_batch, check_positions, check_tensor, rotary_model
 
 
 class _Module(torch.nn.Module):
@@ -42,22 +42,8 @@ def attend_alone(
     The arguments are those of a scheme's `__call__`.
     """
     _check(scheme.name, query, key, value)
-    queries, keys, head_dim = query.shape[2], key.shape[2], query.shape[3]
-    width = head_dim if rotary_dim is None else rotary_dim
-    if width % 2 or not 2 <= width <= head_dim:
-        raise PatchError(
-            f"{scheme.name}: {width} dimensions of a head that has {head_dim} cannot be rotated; expected an even number up to that: pass "
-            "rotary_dim="
-        )
-    geometry = Geometry(
-        heads=query.shape[1],
-        head_dim=head_dim,
-        rotary_dim=width,
-        theta=float(theta),
-        trained_length=None,
-        allowed_length=None,
-        length_problem=NO_MODEL,
-    )
+    queries, keys = query.shape[2], key.shape[2]
+    geometry = rotary_model(scheme.name, query, theta, rotary_dim)
     scheme.check(geometry)
     k_positions = _positions(scheme.name, positions, query.shape[0], keys, query.device)
     seam = score_rotation(scheme, geometry, convention, None, scheme.frequencies(geometry)[0])
@@ -70,6 +56,8 @@ def attend_alone(
 
 def _check(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Raise `PatchError` for shapes or dtypes that do not go together."""
+    for what, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, what, x)
     shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
     expected = "expected query (batch, heads, queries, width), key and value (batch, key heads, keys, width)"
     if not query.ndim == key.ndim == value.ndim == 4 or key.shape != value.shape:

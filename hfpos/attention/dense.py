@@ -60,9 +60,9 @@ def bias_of(
 ) -> torch.Tensor:
     """The bias (B, H, Q, K) of a scheme, in the dtype of its weights: autocast would round what near keys differ by."""
     if not torch.is_autocast_enabled(q_positions.device.type):
-        return scheme.bias(q_positions, k_positions, weights, query)
+        return scheme.formula(q_positions, k_positions, weights, query)
     with torch.autocast(q_positions.device.type, enabled=False):
-        return scheme.bias(q_positions, k_positions, weights, query)
+        return scheme.formula(q_positions, k_positions, weights, query)
 
 
 def add_bias(bias: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hfpos.attention.interface import stock_function
 from hfpos.attention.seam import Seam
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
-
-    from hfpos.call import Call
 
 
 class LayeredSeam(Seam):
@@ -40,7 +37,7 @@ class LayeredSeam(Seam):
 
     def how(self, backend: str, device: torch.device) -> str:
         return "; ".join(
-            f"{_listed([layer for layer, each in enumerate(self.seams) if each is seam])}: {seam.how(backend, device)}"
+            f"layers {listed(layer for layer, each in enumerate(self.seams) if each is seam)}: {seam.how(backend, device)}"
             for seam in self.distinct
         )
 
@@ -48,41 +45,21 @@ class LayeredSeam(Seam):
         gathered = (seam.gather(decoder) for seam in self.distinct)
         return next((weights for weights in gathered if weights is not None), None)
 
-    def attend(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        *,
-        call: Call,
-        backend: str,
-        **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention as the layer's own seam has it."""
+    def seam_of(self, module: Any) -> Seam | None:
         seam = self.seams[module.layer_idx]
-        if seam is None:
-            return stock_function(backend, module)(module, query, key, value, mask, **options)
-        return seam.attend(module, query, key, value, mask, call=call, backend=backend, **options)
-
-    def act(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: Any,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        *,
-        call: Call,
-        inner: Callable,
-        backend: str,
-        **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Not called: `attend` hands on before positions are looked up."""
-        raise NotImplementedError
+        return None if seam is None else seam.seam_of(module)
 
 
-def _listed(layers: Sequence[int]) -> str:
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+def listed(indices: Iterable[int]) -> str:
+    """Layers in words.
+
+    >>> listed([0, 1, 2, 5])
+    '0-2, 5'
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

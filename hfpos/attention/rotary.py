@@ -99,9 +99,11 @@ class LengthAwareRotation(Seam):
         outputs, all_weights = zip(*parts, strict=True)
         return torch.cat(outputs, dim=1), None if all_weights[0] is None else torch.cat(all_weights, dim=2)
 
-    def _frequencies(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _frequencies(self, lengths: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frequencies in float32, as stock rotations have them, and for queries of the `dtype` float64 in that."""
+        wide = torch.promote_types(dtype, torch.float32)
         inv_freq, scale = self.scheme.frequencies_at(self.geometry, lengths)
-        return inv_freq.float(), scale.float()
+        return inv_freq.to(wide), scale.to(wide)
 
     def _one_set(
         self,
@@ -117,7 +119,7 @@ class LengthAwareRotation(Seam):
         """Attention where each row has one set of frequencies: `(lengths (B or 1, 1), columns, mask) -> (output, weights)`."""
 
         def attend(lengths: torch.Tensor, columns: slice, mask: torch.Tensor | None) -> tuple:
-            inv_freq, scale = self._frequencies(lengths)
+            inv_freq, scale = self._frequencies(lengths, query.dtype)
             q_cos, q_sin = cos_sin(q_positions[:, columns], inv_freq, scale)
             k_cos, k_sin = cos_sin(k_positions, inv_freq, scale)
             q = rotate(query[:, :, columns], q_cos[:, None], q_sin[:, None], self.convention)
@@ -144,7 +146,7 @@ class LengthAwareRotation(Seam):
         """Attention where each query of `columns` has a set of frequencies of its own: every query becomes a row of the batch."""
         q = query[:, :, columns]
         batch, heads, queries, _ = q.shape
-        inv_freq, scale = self._frequencies(q_positions[:, columns] + 1)
+        inv_freq, scale = self._frequencies(q_positions[:, columns] + 1, query.dtype)
         q_cos, q_sin = cos_sin(q_positions[:, columns], inv_freq, scale)
         q = rotate(q, q_cos[:, None], q_sin[:, None], self.convention)
         k_cos, k_sin = cos_sin(k_positions[:, None], inv_freq[:, :, None], scale[:, :, None])  # (B, queries, K, R/2)

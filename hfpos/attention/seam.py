@@ -5,7 +5,6 @@ Shapes: B batch, H heads, Hkv key heads, Q queries, K keys, D head_dim.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from hfpos.attention.interface import keep_backend, stock_function
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from hfpos.call import Call
 
 
-class Seam(ABC):
+class Seam:
     """One way to act inside attention.
 
     Attributes:
@@ -36,7 +35,7 @@ class Seam(ABC):
         """Make sure that attention still goes through the registered functions."""
         keep_backend(decoder.config, self.backends)
 
-    def check_given(self, mask: torch.Tensor) -> None:  # noqa: B027
+    def check_given(self, mask: torch.Tensor) -> None:
         """Raise `PatchError` for a 4-D mask given to the model that the scheme cannot honour."""
 
     def best(self, own: str) -> str:
@@ -50,6 +49,10 @@ class Seam(ABC):
     def gather(self, decoder: Any) -> dict[str, torch.Tensor] | None:
         """The learned weights of all layers, fetched once a forward; None where nothing is learned."""
         return None
+
+    def seam_of(self, module: Any) -> Seam | None:
+        """What acts in the layer of an attention `module`; None where its attention stays stock."""
+        return self if self.layers is None or module.layer_idx in self.layers else None
 
     def attend(
         self,
@@ -73,12 +76,12 @@ class Seam(ABC):
             options: what the model hands to attention beside these.
         """
         inner = stock_function(backend, module)
-        if self.layers is not None and module.layer_idx not in self.layers:
+        seam = self.seam_of(module)
+        if seam is None:
             return inner(module, query, key, value, mask, **options)
         positions = call.q_positions.to(query.device), call.keys_of_layer(key.shape[2]).to(query.device)
-        return self.act(module, query, key, value, mask, positions, call=call, inner=inner, backend=backend, **options)
+        return seam.act(module, query, key, value, mask, positions, call=call, inner=inner, backend=backend, **options)
 
-    @abstractmethod
     def act(
         self,
         module: Any,
@@ -94,3 +97,4 @@ class Seam(ABC):
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `attend`, with the positions (B, Q) and (B, K) of queries and keys, and the stock function of `backend`."""
+        raise NotImplementedError

@@ -216,9 +216,9 @@ class ShareOfHeads:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.scheme, name)
 
-    def bias(self, *arguments: Any) -> torch.Tensor:
+    def formula(self, *arguments: Any) -> torch.Tensor:
         """As the scheme's; one that reads queries has been given those of this share only."""
-        bias = self.scheme.bias(*arguments)
+        bias = self.scheme.formula(*arguments)
         return bias if self.scheme.reads_query else bias[:, self.heads]
 
     def factors(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -18,7 +18,7 @@ from hfpos.attention.shifted_groups import group_length
 from hfpos.attention.shifted_interface import NAMES, RUNNING, stands_on
 from hfpos.configuration import own_copy
 from hfpos.families import family_of
-from hfpos.families._family import calls_interface
+from hfpos.families._directions import calls_interface
 from hfpos.patching import afresh, language_model, refuse_compiled
 from hfpos.plan import ABSENT, Attribute, Hook, Plan
 from hfpos.probe import can_run, eval_mode

@@ -30,7 +30,7 @@ def reference(layer: Layer, scheme: Bias, learned: dict[str, torch.Tensor]) -> d
     for head in range(layer.query.shape[1]):
         tensors = [x.detach()[:, head : head + 1].double().requires_grad_() for x in layer.tensors]
         weights = {name: x.to(layer.query.device)[head : head + 1].requires_grad_() for name, x in exact.items()}
-        bias = scheme.bias(layer.q_positions, layer.k_positions, weights)
+        bias = scheme.formula(layer.q_positions, layer.k_positions, weights)
         query, key, value = tensors
         output = (causal_weights(query @ key.mT * layer.scaling + bias, layer.q_positions[0]) @ value).transpose(1, 2)
         inputs = [*tensors, *(weights[name] for name in learned)]

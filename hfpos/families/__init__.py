@@ -1,7 +1,7 @@
 """How a model lets positions in; `hfpos.families()` lists the families.
 
 Most decoders fit `rotary`, found by structure, not by name. A model type that differs has a file of its own here and overrides only
-what differs; a family's `matches` decides, and the most particular one wins.
+what differs; a family's `refuses` decides, and the most particular one wins.
 """
 
 import sys

@@ -23,6 +23,11 @@ def attention_modules(decoder: nn.Module) -> list[Any]:
     return found
 
 
+def calls_interface(decoder: nn.Module) -> bool:
+    """Whether attention goes through Transformers' attention interface, which is where a bias or a late rotation gets in."""
+    return bool(attention_modules(decoder))
+
+
 def looks_both_ways(decoder: Any) -> bool:
     """Whether tokens see those behind them: no attention in it says that it is causal, and it is no decoder.
 
@@ -56,6 +61,14 @@ def refuse_both_ways(scheme: Any, model: Any) -> None:
     raise PatchError(
         f"{scheme.name!r} goes by how many tokens stand before the query, and {type(model).__name__} attends to those behind it too; what "
         f"works there: {_works()}"
+    )
+
+
+def refuse_one_way(scheme: Any, model: Any) -> None:
+    """Raise `PatchError` for a scheme some of whose heads see only keys behind the query, which a causal mask hides."""
+    raise PatchError(
+        f"{scheme} has heads that see only what stands behind the query, and {type(model).__name__} is causal; use another form of "
+        f"{scheme.name!r}, or give each stack its own: encoder_decoder(encoder=..., decoder=...)"
     )
 
 

@@ -11,18 +11,19 @@ from hfpos.attention.bias import BiasedAttention
 from hfpos.attention.fixed_rotary import FixedRotation
 from hfpos.attention.interface import patched_backend
 from hfpos.attention.layered import LayeredSeam
-from hfpos.attention.learned import LEARNED, TABLE, LearnedBias
+from hfpos.attention.learned import TABLE
 from hfpos.attention.score import score_rotation
-from hfpos.configuration import BLOCK, changed_values, guard, mark_adapters, own_copy
-from hfpos.families._directions import attention_modules, both_ways, looks_both_ways, refuse_both_ways
+from hfpos.configuration import mark_adapters, own_copy, write_block
+from hfpos.families._directions import both_ways, calls_interface, looks_both_ways
 from hfpos.families._layers import layer_types
+from hfpos.families._learned_weights import learned_edits, learned_of
+from hfpos.families._seams import check_seam
 from hfpos.plan import Added, Attribute, Hook, Plan, own_attribute, set_attribute
 from hfpos.positions import PositionHook
 from hfpos.rotation import inverse_frequencies
 from hfpos.scheme import Geometry, PatchError, Rope, Scheme
 from hfpos.schemes.learned import Learned
 from hfpos.schemes.per_layer import PerLayer
-from hfpos.version import __version__
 
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
     from hfpos.attention.seam import Seam
     from hfpos.plan import Edit
     from hfpos.scheme import Bias
-
-
-def calls_interface(decoder: nn.Module) -> bool:
-    """Whether attention goes through Transformers' attention interface, which is where a bias or a late rotation gets in."""
-    return bool(attention_modules(decoder))
 
 
 class Family(ABC):
@@ -208,7 +204,7 @@ class Family(ABC):
         """
         geometry = self.geometry()
         for each in scheme.distinct() if isinstance(scheme, PerLayer) else [scheme]:
-            self._check_seam(each)
+            check_seam(self, each)
         scheme.check(geometry)
         whole, config, copied = own_copy(root, self.model.config, self.config)
         edits: list[Edit] = [*copied]
@@ -242,7 +238,7 @@ class Family(ABC):
             if not any(seams):
                 return edits, {}, False
             options = {"seam": LayeredSeam(seams), "pins_prompt": scheme.pins_prompt}
-            return edits + self._learned_edits(self._learned_of(scheme), geometry), options, False
+            return edits + learned_edits(self, learned_of(scheme), geometry), options, False
         if self.resizes(scheme):
             return self.resize_edits(scheme, config), {}, True
         if scheme.seam == "freq":
@@ -250,7 +246,7 @@ class Family(ABC):
             return edits, options, stock
         edits = self.positions_off(config)
         if scheme.seam == "bias":
-            edits += self._learned_edits(scheme, geometry)
+            edits += learned_edits(self, scheme, geometry)
             return edits, {"seam": BiasedAttention(self.bias_scheme(scheme), geometry)}, False
         if scheme.seam == "score":
             pins_prompt = getattr(scheme, "pins_prompt", False)
@@ -267,45 +263,6 @@ class Family(ABC):
         """The registered name of the `wanted` backend, or of what the seam chooses where that is `auto`."""
         own = self.backend() or "sdpa"
         return patched_backend(seam.best(own) if wanted == "auto" else wanted, seam.backends)
-
-    def _check_seam(self, scheme: Scheme) -> None:
-        if scheme.seam not in self.seams:
-            raise PatchError(
-                f"{scheme.name!r} acts at the {scheme.seam!r} seam; {self.name} ({type(self.model).__name__}) offers only: "
-                f"{', '.join(self.seams)}"
-            )
-        if scheme.seam in ("bias", "score") and not self.reaches_attention():
-            raise PatchError(
-                f"{scheme.name!r} acts inside attention, and {type(self.model).__name__} does not use Transformers' attention interface; use "
-                f"{self.outside_attention}"
-            )
-        if scheme.seam == "score" and self.bidirectional():
-            refuse_both_ways(scheme, self.model)
-
-    @staticmethod
-    def _learned_of(scheme: PerLayer) -> Bias | None:
-        """The one scheme in it that learns; the decoder holds the weights of no more."""
-        learned: list[Any] = [each for each in scheme.distinct() if getattr(each, "learned", False)]
-        if len(learned) > 1:
-            raise PatchError(
-                f"per_layer: {learned[0].name!r} and {learned[1].name!r} are both learned, and a model holds the learned weights of one scheme; "
-                "expected at most one kind among the layers"
-            )
-        return learned[0] if learned else None
-
-    def _learned_edits(self, scheme: Bias | None, geometry: Geometry) -> list[Edit]:
-        """The edit that puts the weights of a learned bias into the decoder."""
-        if scheme is None or not scheme.learned:
-            return []
-        names = "layer_idx", "layer_id"
-        indices = (getattr(module, name, None) for module in self.decoder.modules() for name in names)
-        layers = 1 + max((index for index in indices if isinstance(index, int)), default=-1)
-        if not layers and not scheme.shared:
-            raise PatchError(
-                f"{scheme.name!r} has weights for each layer, and the layers of {type(self.model).__name__} do not say which they are"
-            )
-        weights = LearnedBias(self.learned_start(scheme, geometry), max(layers, 1), scheme.shared)
-        return [Added(self.decoder, LEARNED, own_attribute(self.decoder, LEARNED), weights)]
 
     def _table_edits(self, scheme: Learned, length: int | None) -> list[Edit]:
         """The edit that puts a new table of positions, which the token embeddings get, into the decoder."""
@@ -338,13 +295,4 @@ class Family(ABC):
         """Write the block that travels with the checkpoint; a resized table needs none, it is a stock model again."""
         if self.resizes(scheme):
             return
-        block = {
-            "version": __version__,
-            "scheme": scheme.name,
-            "parameters": scheme.parameters(),
-            "base": changed_values(self.model.config, config),
-            "stock": stock,
-        }
-        setattr(config, BLOCK, block)
-        if not stock:
-            guard(config)
+        write_block(config, self.model.config, scheme, stock)

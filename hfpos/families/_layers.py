@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfpos.scheme import PatchError
@@ -49,17 +49,17 @@ def chosen_layers(layers: Any, types: list[str]) -> list[int]:
     >>> chosen_layers("sliding_attention", ["full_attention", "sliding_attention"])
     [1]
     """
-    count = len(types)
+    count, layers = len(types), _plain(layers)
     if isinstance(layers, str):
         if layers not in types:
             known = ", ".join(map(repr, sorted(set(types))))
             raise PatchError(f"layers={layers!r} is not a type of layer of this model; its types are {known}")
         return [index for index, kind in enumerate(types) if kind == layers]
-    if not isinstance(layers, Iterable):
+    if not isinstance(layers, Iterable) or isinstance(layers, Mapping):
         raise PatchError(
             f"layers={layers!r} is not usable; expected a list of indices, a list of one True or False for each layer, or a type of layer"
         )
-    given = list(layers)
+    given = [_plain(each) for each in layers]
     if given and all(isinstance(each, bool) for each in given):
         if len(given) != count:
             raise PatchError(f"layers= has {len(given)} entries of True and False, the model has {count} layers")
@@ -80,19 +80,9 @@ def chosen_layers(layers: Any, types: list[str]) -> list[int]:
     return chosen
 
 
-def listed(indices: Iterable[int]) -> str:
-    """Layers in words.
-
-    >>> listed([0, 1, 2, 5])
-    '0-2, 5'
-    """
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def _plain(value: Any) -> Any:
+    """Numbers of Python in the place of those of numpy and torch."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _brief(values: list[Any]) -> str:

@@ -7,8 +7,6 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hfpos.configuration import reloads_equal
 from hfpos.families._directions import attention_modules
@@ -17,6 +15,7 @@ from hfpos.families._handover import handover_edits
 from hfpos.families._layered_rotary import LayeredRotary
 from hfpos.families._layers import layer_types
 from hfpos.families._measured_rotation import measure_rotation
+from hfpos.families._rotary_config import no_single_rotary, rotary_geometry, scaled_type, text_rotaries
 from hfpos.families._rotary_module import RotarySwap, check_obeys, find_convention, fix, frequency_names, scaling_name
 from hfpos.families._windows import refuse_within_windows
 from hfpos.plan import Hook
@@ -33,7 +32,7 @@ from hfpos.schemes.per_layer import PerLayer
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from hfpos.attention.seam import Seam
     from hfpos.plan import Edit
@@ -44,26 +43,6 @@ SCALING_KEYS = {
     *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
 }
-
-
-def text_rotaries(model: PreTrainedModel) -> list[tuple[Any, str, Any]]:
-    """`(owner, name, module)` of every rotary module in the language model of `model`."""
-    config = model.config.get_text_config(decoder=True)
-    found = []
-    for owner in model.modules():
-        for name, module in owner.named_children():
-            if frequency_names(module) and getattr(module, "config", config) is config:
-                found.append((owner, name, module))
-    return found
-
-
-def scaled_type(parameters: dict[str, Any]) -> str | None:
-    """The type of layer whose parameters are scaled where a config nests them by type: not the sliding ones. None if it does not."""
-    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
-    if not nested:
-        return None
-    scaled = [key for key in nested if "sliding" not in key]
-    return scaled[0] if len(scaled) == 1 else ""
 
 
 class RotaryDecoder(Family):
@@ -88,25 +67,7 @@ class RotaryDecoder(Family):
 
     @classmethod
     def refuses(cls, model: PreTrainedModel) -> str | None:
-        found = text_rotaries(model)
-        if not found:
-            return "it has no rotary embedding"
-        owner, _, rotary = found[0]
-        places = sum(bool(frequency_names(module)) for module in owner.modules())
-        if len(found) > 1 or places > 1 or not isinstance(owner, PreTrainedModel):
-            return f"it computes rotary embeddings in {max(places, len(found))} places (in {type(owner).__name__} ...), not once for all layers"
-        parameters = getattr(owner.config, "rope_parameters", None)
-        if not isinstance(parameters, dict) or not parameters:
-            return "its config has no rope_parameters"
-        layer_type = scaled_type(parameters)
-        if layer_type == "":
-            return f"its config nests rope_parameters by {sorted(parameters)}; which of them to scale cannot be told"
-        names = frequency_names(rotary)
-        if (f"{layer_type}_inv_freq" if layer_type else "inv_freq") not in names or (
-            layer_type is None and len(names) > 1
-        ):
-            return f"its rotary module keeps its frequencies as {names}"
-        return None
+        return no_single_rotary(model)
 
     def native(self) -> str:
         kind = self.parameters.get("rope_type", "default")
@@ -125,45 +86,8 @@ class RotaryDecoder(Family):
 
     def geometry_of(self, layer_type: str | None) -> Geometry:
         """The numbers of the unpatched model's layers of one type."""
-        config, parameters = self.config, self.parameters_of(layer_type)
-        kind = parameters.get("rope_type", "default")
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            raise PatchError(
-                f"the config's rope_type {kind!r} is unknown to Transformers; expected one of "
-                f"{', '.join(['default', *sorted(ROPE_INIT_FUNCTIONS)])}: correct config.rope_parameters"
-            )
-        theta = parameters.get("rope_theta")
-        if not isinstance(theta, (int, float)):
-            raise PatchError(
-                f"the config's rope_parameters have no rope_theta: {parameters}; set it before the model is built"
-            )
-        heads = config.num_attention_heads
-        allowed = getattr(config, "max_position_embeddings", None)
-        stated = parameters.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if stated is not None and allowed is not None and stated > allowed:
-            raise PatchError(
-                f"the config states original_max_position_embeddings={stated} but max_position_embeddings={allowed}, which is shorter; "
-                "correct one of them before the model is built"
-            )
         rotary_dim = 2 * getattr(self.rotary, self.buffer_of(layer_type)).shape[-1]
-        problem = None
-        if stated is None and parameters.get("factor", 1) != 1 and kind != "dynamic":
-            problem = (
-                f"the model is already scaled ({kind}, factor {parameters['factor']}) and its config does not state the length it "
-                "was pretrained at"
-            )
-        return Geometry(
-            heads=heads,
-            head_dim=self._head_dim(layer_type) or round(rotary_dim / parameters.get("partial_rotary_factor", 1.0)),
-            rotary_dim=rotary_dim,
-            theta=float(theta),
-            trained_length=None if problem else stated or allowed,
-            trained_length_stated=stated is not None,
-            allowed_length=allowed,
-            length_problem=problem,
-        )
+        return rotary_geometry(self.config, self.parameters_of(layer_type), rotary_dim, self._head_dim(layer_type))
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
         rotary = self.build_unscaled(config, self.layer_type)
@@ -250,7 +174,12 @@ class RotaryDecoder(Family):
             )
         if can_run(self.model):
             another = type(self)(self.model)  # as it has edits of its own to plan
-            return measure_rotation(another, lambda positions: probe(another, positions))
+            try:
+                return measure_rotation(another, lambda positions: probe(another, positions))
+            except (ValueError, RuntimeError) as error:
+                if isinstance(error, PatchError):
+                    raise
+                # kernels that run on no CPU (Liger's) where the weights still are; what they do is known below
         layers = None
         if self.layer_type is not None:
             layers = frozenset(i for i, kind in enumerate(layer_types(self.config)) if kind == self.layer_type)

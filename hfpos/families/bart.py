@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfpos.families._directions import attention_modules
-from hfpos.families._family import calls_interface
+from hfpos.families._directions import attention_modules, calls_interface
 from hfpos.families._stacks import Stack, Stacks
 from hfpos.families._tables import RowsInPlace, offset_of, resized_table
 from hfpos.families.gpt2 import NoPositions, geometry_without_rotary

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hfpos.attention.fixed_rotary import FixedRotation
-from hfpos.families._directions import attention_modules
-from hfpos.families._family import Family, calls_interface
+from hfpos.families._directions import attention_modules, calls_interface
+from hfpos.families._family import Family
 from hfpos.families._tables import resized_table
 from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
 from hfpos.plan import Hook, Swap, freeze, set_attribute, swap_class

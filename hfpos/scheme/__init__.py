@@ -12,12 +12,21 @@ only the mathematics: tensors in, tensors out, no model.
 | `none` | nothing: the model gets no position at all |
 
 Without a model, schemes of the seams `freq`, `bias` and `embed` are building blocks: `Yarn(factor=4, original_length=2048)(q, k, positions)`,
-`Alibi(num_heads).bias(q_positions, k_positions)`, `Sinusoidal(dim)(positions)`, and `.module()` where something is learned.
+`Alibi(num_heads).bias(q_positions, k_positions)`, `Sinusoidal(dim)(positions)`, and `.module()` where something is learned. Those of the
+seam `score` are attention itself: `ReRope(original_length=2048)(query, key, value)`, and `Dynamic(original_length=2048).attend(query, key, value)`.
 """
 
 from hfpos.scheme.base import Scheme
 from hfpos.scheme.bias import Bias
-from hfpos.scheme.errors import PatchError, did_you_mean, require_choice, require_count, require_length, require_number
+from hfpos.scheme.errors import (
+    PatchError,
+    did_you_mean,
+    require_choice,
+    require_count,
+    require_flag,
+    require_length,
+    require_number,
+)
 from hfpos.scheme.geometry import Geometry
 from hfpos.scheme.rotary import Rope, RopeScaling
 
@@ -32,6 +41,7 @@ __all__ = [
     "did_you_mean",
     "require_choice",
     "require_count",
+    "require_flag",
     "require_length",
     "require_number",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from hfpos.scheme.alone import check_batch, check_positions
+from hfpos.scheme.alone import check_batch, check_floats, check_positions, check_weights, unknown_model
 from hfpos.scheme.base import Scheme
 from hfpos.scheme.errors import PatchError, require_count
 from hfpos.scheme.geometry import Geometry
@@ -49,6 +49,11 @@ class Bias(Scheme):
         """Whether the bias means something for a key that stands behind its query."""
         return False
 
+    @property
+    def needs_both_ways(self) -> bool:
+        """Whether the bias has no meaning under a causal mask."""
+        return False
+
     def check(self, geometry: Geometry) -> None:
         if self.num_heads not in (None, geometry.heads):
             raise PatchError(
@@ -84,14 +89,17 @@ class Bias(Scheme):
         k_positions: torch.Tensor,
         weights: dict[str, torch.Tensor] | None = None,
         query: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """What is added to the logits, in the dtype of the weights and differentiable in them.
+        """What is added to the logits, differentiable in the weights.
 
         Args:
             q_positions, k_positions: (Q,) and (K,) whole numbers, in tokens, or a batch of them: (B, Q) and (B, K).
-            weights: as from `weights`, of any floating dtype; unless given, these for `num_heads` heads in float32: the fixed ones, or
-                what the learned ones start from (`module` makes a torch module that trains them).
+            weights: as from `weights`, of any floating dtype, in which the bias is computed; unless given, these for `num_heads` heads:
+                the fixed ones, or what the learned ones start from (`module` makes a torch module that trains them).
             query: (H, Q, D) or (B, H, Q, D), scaled as the logits are; where the scheme `reads_query`, and only there.
+            dtype: of the bias; unless given, that of the weights, or float32. Without weights it is computed in float32 or wider.
 
         Returns:
             (H, Q, K), or (B, H, Q, K) where anything is given with a batch. Add a mask of your own: a bias hides no key.
@@ -108,6 +116,10 @@ class Bias(Scheme):
         """
         check_positions(self.name, "q_positions", q_positions)
         check_positions(self.name, "k_positions", k_positions)
+        if dtype is not None and not dtype.is_floating_point:
+            raise PatchError(f"{self.name}: dtype={dtype} is not usable; expected a floating dtype")
+        if query is not None:
+            check_floats(self.name, "query", query)
         batched = q_positions.ndim == 2 or k_positions.ndim == 2 or (query is not None and query.ndim == 4)
         q_rows, k_rows = (x if x.ndim == 2 else x[None] for x in (q_positions.long(), k_positions.long()))
         rows = {"q_positions": q_rows.shape[0], "k_positions": k_rows.shape[0]}
@@ -115,11 +127,15 @@ class Bias(Scheme):
             query = query[None]
         self._check_query(query, q_rows.shape[1])
         check_batch(self.name, **rows, **({} if query is None else {"query": query.shape[0]}))
+        head_dim = None if query is None else query.shape[-1]
         if weights is None:
-            head_dim = None if query is None else query.shape[-1]
+            wide = torch.promote_types(dtype or torch.float32, torch.float32)
             exact = self.weights(self.alone(head_dim))
-            weights = {name: value.to(q_positions.device, torch.float32) for name, value in exact.items()}
+            weights = {name: value.to(q_positions.device, wide) for name, value in exact.items()}
+        elif not torch.compiler.is_compiling():
+            check_weights(self, weights, head_dim)
         found = self.formula(q_rows, k_rows, weights, query)
+        found = found if dtype is None else found.to(dtype)
         return found if batched else found[0]
 
     def module(self) -> nn.Module:
@@ -151,8 +167,7 @@ class Bias(Scheme):
                 f"{self.name}: how many heads there are is not known; pass it, {type(self).__name__}(num_heads), or weights="
             )
         require_count(self.name, "num_heads", self.num_heads)
-        width = head_dim or 1
-        geometry = Geometry(self.num_heads, width, width, theta=1e4, trained_length=None, allowed_length=None)
+        geometry = unknown_model(self.num_heads, head_dim or 1)
         self.check(geometry)
         return geometry
 
@@ -164,6 +179,10 @@ class Bias(Scheme):
         if query is None:
             raise PatchError(
                 f"{self.name}: the bias depends on the queries; pass query= (batch, heads, {queries} tokens, head_dim)"
+            )
+        if query.ndim == 4 and self.num_heads not in (None, query.shape[1]):
+            raise PatchError(
+                f"{self.name}: query has {query.shape[1]} heads, and it was made for num_heads={self.num_heads}; expected as many"
             )
         if query.ndim != 4 or query.shape[2] != queries:
             raise PatchError(

@@ -48,6 +48,12 @@ def require_count(scheme: str, name: str, value: Any, least: int = 1) -> None:
         raise PatchError(f"{scheme}: {name}={value!r} is not usable; expected a whole number >= {least}")
 
 
+def require_flag(scheme: str, name: str, value: Any) -> None:
+    """Raise `PatchError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise PatchError(f"{scheme}: {name}={value!r} is not usable; expected True or False")
+
+
 def require_choice(scheme: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise `PatchError` unless `value` is one of `choices`."""
     if value not in choices:

@@ -97,7 +97,6 @@ class RopeScaling(Rope):
                 "give one of them (target_length = factor * original_length)"
             )
         if self.factor is not None:
-            require_number(self.name, "factor", self.factor, least=0, strictly=True)
             require_number(self.name, "factor", self.factor, least=1)
         if self.target_length is not None:
             require_length(self.name, "target_length", self.target_length)

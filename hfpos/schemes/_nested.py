@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import ast
 import re
+from abc import abstractmethod
 from typing import Any
 
-from hfpos.scheme import PatchError, Scheme
+from hfpos.scheme import Geometry, PatchError, Scheme
+
+
+class Nested(Scheme):
+    """Base of the schemes that are made of others."""
+
+    @abstractmethod
+    def distinct(self) -> list[Scheme]:
+        """Every scheme that it is made of, once."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether one of them has weights that are trained with the model."""
+        return any(getattr(scheme, "learned", False) for scheme in self.distinct())
+
+    @property
+    def length_dependent(self) -> bool:
+        return any(scheme.length_dependent for scheme in self.distinct())
+
+    def patched_length(self, geometry: Geometry) -> int | None:
+        lengths = [scheme.patched_length(geometry) for scheme in self.distinct()]
+        return max((length for length in lengths if length is not None), default=None)
 
 
 def name_and_parameters(text: str) -> tuple[str, dict[str, Any]]:
@@ -25,21 +47,23 @@ def name_and_parameters(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError("expected name=value")
         return name, {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     except (SyntaxError, ValueError) as error:
+        problem = error.msg if isinstance(error, SyntaxError) else error
         raise PatchError(
-            f"{text!r}: {error}; expected parameters as Python writes them, e.g. dynamic(cache='pinned')"
+            f"{text!r}: {problem}; expected parameters as Python writes them, e.g. dynamic(cache='pinned')"
         ) from error
 
 
-def resolve(value: Any) -> Scheme | None:
+def resolve(value: Any, owner: str) -> Scheme | None:
     """The scheme that `value` stands for; None stays None, which is the model's own positions.
 
     Args:
+        owner: the name of the scheme that it is part of.
         value: a scheme object, a name or text such as `"yarn(factor=4)"`, what `as_json` made of one, or None.
 
     Raises:
         PatchError: an unknown scheme or parameter, or something else.
 
-    >>> resolve("yarn(factor=4)") == resolve({"scheme": "yarn", "parameters": {"factor": 4}})
+    >>> resolve("nope", "per_layer") == resolve({"scheme": "nope", "parameters": {}}, "per_layer")
     True
     """
     from hfpos.schemes import REGISTRY  # which imports this file
@@ -52,7 +76,7 @@ def resolve(value: Any) -> Scheme | None:
         name, parameters = value["scheme"], value["parameters"]
     else:
         raise PatchError(
-            f"{value!r} is not a scheme; expected a name, text such as 'yarn(factor=4)', a scheme object, or None for the model's own positions"
+            f"{owner}: {value!r} is not a scheme; expected a name, text such as 'yarn(factor=4)', a scheme object, or None for the model's own positions"
         )
     return REGISTRY[name].create(**parameters)
 

@@ -10,6 +10,7 @@ import torch
 
 from hfpos.constant import exact
 from hfpos.scheme import Bias, Geometry, PatchError, require_choice, require_number
+from hfpos.schemes._per_head import check_heads, numbers_of_heads
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -42,7 +43,8 @@ class Alibi(Bias):
         slopes: one slope for each head; the paper's rule unless given.
         factor: the slopes are divided by it, i.e. distances are interpolated (the ALiBi form of PI), >= 1.
         bidirectional: True: the distance is `|i - j|`; the same under a causal mask. "split": the first half of the heads sees the keys
-            up to its query only, the second half those from it on, with the slopes of the paper's rule for half as many heads in each.
+            up to its query only, the second half those from it on, with the slopes of the paper's rule for half as many heads in each;
+            for models that attend both ways.
         slopes_ahead: one slope for each head for the keys behind the query, j > i, whose bias is `-slopes_ahead_h * (j - i)`.
     """
 
@@ -56,7 +58,6 @@ class Alibi(Bias):
     slopes_ahead: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        require_number(self.name, "factor", self.factor, least=0, strictly=True)
         require_number(self.name, "factor", self.factor, least=1)
         if not isinstance(self.bidirectional, bool):
             require_choice(self.name, "bidirectional", self.bidirectional, ("split",))
@@ -67,22 +68,21 @@ class Alibi(Bias):
             )
         for name in ("slopes", "slopes_ahead"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, [float(slope) for slope in getattr(self, name)])
-                for slope in getattr(self, name):
-                    require_number(self.name, name, slope, least=0)
+                object.__setattr__(self, name, numbers_of_heads(self.name, name, getattr(self, name)))
 
     @property
     def two_sided(self) -> bool:
         return bool(self.bidirectional) or self.slopes_ahead is not None
 
+    @property
+    def needs_both_ways(self) -> bool:
+        return self.bidirectional == "split"
+
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
         for name in ("slopes", "slopes_ahead"):
-            given = getattr(self, name)
-            if given is not None and len(given) != geometry.heads:
-                raise PatchError(
-                    f"alibi: {len(given)} {name} were given, the model has {geometry.heads} attention heads; give one for each"
-                )
+            if getattr(self, name) is not None:
+                check_heads(self.name, name, getattr(self, name), geometry.heads)
         if self.bidirectional == "split" and geometry.heads % 2:
             raise PatchError(
                 f"alibi: bidirectional='split' needs an even number of heads, the model has {geometry.heads}; use bidirectional=True"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hfpos.scheme import Geometry, PatchError, Scheme
-from hfpos.schemes._nested import as_json, resolve
+from hfpos.scheme import PatchError, Scheme
+from hfpos.schemes._nested import Nested, as_json, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderDecoder(Scheme):
+class EncoderDecoder(Nested):
     """A scheme of its own for each stack of an encoder-decoder, where None keeps the stack as the model has it.
 
     A scheme that is given by itself, as in `hfpos.patch(model, "alibi")`, goes into both stacks. In either case it is bidirectional
@@ -34,7 +34,7 @@ class EncoderDecoder(Scheme):
 
     def __post_init__(self) -> None:
         for name in ("encoder", "decoder"):
-            scheme = resolve(getattr(self, name))
+            scheme = resolve(getattr(self, name), self.name)
             object.__setattr__(self, name, scheme)
             if isinstance(scheme, EncoderDecoder):
                 raise PatchError(f"encoder_decoder: {name}={scheme} is a pair itself; give a scheme of one stack")
@@ -46,15 +46,6 @@ class EncoderDecoder(Scheme):
     @property
     def seam(self) -> str:
         return "stacks"
-
-    @property
-    def learned(self) -> bool:
-        """Whether a stack has learned weights."""
-        return any(getattr(scheme, "learned", False) for scheme in self.distinct())
-
-    @property
-    def length_dependent(self) -> bool:
-        return any(scheme.length_dependent for scheme in self.distinct())
 
     def distinct(self) -> list[Scheme]:
         """The schemes that were given."""
@@ -69,10 +60,6 @@ class EncoderDecoder(Scheme):
                     f"encoder_decoder: {name}={scheme} was given, and the model has only its {' and '.join(stacks)}; leave {name} out"
                 )
         return {name: given[name] for name in stacks}
-
-    def patched_length(self, geometry: Geometry) -> int | None:
-        lengths = [scheme.patched_length(geometry) for scheme in self.distinct()]
-        return max((length for length in lengths if length is not None), default=None)
 
     def parameters(self) -> dict[str, Any]:
         return {"encoder": as_json(self.encoder), "decoder": as_json(self.decoder)}

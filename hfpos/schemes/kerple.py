@@ -10,6 +10,7 @@ from torch.nn.functional import softplus
 
 from hfpos.constant import exact
 from hfpos.scheme import Bias, Geometry, PatchError, require_choice, require_number
+from hfpos.schemes._per_head import check_heads, numbers_of_heads
 from hfpos.schemes.alibi import alibi_slopes
 
 
@@ -46,7 +47,7 @@ class Kerple(Bias):
         for name in ("r1", "r2"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (int, float)):
-                object.__setattr__(self, name, _numbers(name, value))
+                object.__setattr__(self, name, numbers_of_heads(self.name, name, value, strictly=True))
             for number in self.per_head(name, 1):
                 require_number(self.name, name, number, least=0, strictly=True)
                 if name == "r2" and self.kind == "power" and number > 2:
@@ -59,12 +60,7 @@ class Kerple(Bias):
     def check(self, geometry: Geometry) -> None:
         super().check(geometry)
         for name in ("r1", "r2"):
-            found = len(self.per_head(name, geometry.heads))
-            if found != geometry.heads:
-                raise PatchError(
-                    f"kerple: {found} values of {name} were given, the model has {geometry.heads} attention heads; "
-                    "give one number, or one for each head"
-                )
+            check_heads(self.name, name, self.per_head(name, geometry.heads), geometry.heads)
 
     def per_head(self, name: str, heads: int) -> list[float]:
         """The initial values of `r1` or `r2`, one for each head."""
@@ -105,13 +101,6 @@ class Kerple(Bias):
         r1, r2 = (number[:, None, None] for number in self.positive(weights))
         distance = (q_positions[:, None, :, None] - k_positions[:, None, None, :]).abs().to(r1.dtype)
         return -r1 * (distance**r2 if self.kind == "power" else torch.log1p(r2 * distance))
-
-
-def _numbers(name: str, values: Sequence[float]) -> list[float]:
-    try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError):
-        raise PatchError(f"kerple: {name}={values!r} is not usable; expected a number or a list of numbers") from None
 
 
 def _inverse_softplus(values: torch.Tensor) -> torch.Tensor:

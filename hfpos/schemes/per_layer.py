@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfpos.scheme import Geometry, PatchError, Scheme
-from hfpos.schemes._nested import as_json, resolve
+from hfpos.scheme import PatchError, Scheme
+from hfpos.schemes._nested import Nested, as_json, resolve
 
 
 SEAMS = ("freq", "score", "bias", "none")  # what acts in each layer for itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerLayer(Scheme):
+class PerLayer(Nested):
     """A scheme for each layer, where None keeps the layer as the model has it.
 
     `hfpos.patch(model, "nope", layers=[3, 7])` writes the list for you. Rotary layers between layers without positions are the
@@ -45,9 +45,9 @@ class PerLayer(Scheme):
                 "layers to schemes"
             )
         if isinstance(given, Mapping):
-            object.__setattr__(self, "schemes", {kind: resolve(value) for kind, value in given.items()})
+            object.__setattr__(self, "schemes", {kind: resolve(value, self.name) for kind, value in given.items()})
         else:
-            object.__setattr__(self, "schemes", [resolve(value) for value in given])
+            object.__setattr__(self, "schemes", [resolve(value, self.name) for value in given])
         if not self.distinct():
             raise PatchError("per_layer: no layer is given a scheme, so nothing would change")
         for scheme in self.distinct():
@@ -62,18 +62,9 @@ class PerLayer(Scheme):
         return "layers"
 
     @property
-    def length_dependent(self) -> bool:
-        return any(scheme.length_dependent for scheme in self.distinct())
-
-    @property
     def pins_prompt(self) -> bool:
         """Whether some layer keeps the frequencies of the prompt's length."""
         return any(getattr(scheme, "pins_prompt", False) for scheme in self.distinct())
-
-    @property
-    def learned(self) -> bool:
-        """Whether some layer's scheme has weights that are trained with the model."""
-        return any(getattr(scheme, "learned", False) for scheme in self.distinct())
 
     def distinct(self) -> list[Scheme]:
         """Every scheme that some layer is given, once."""
@@ -106,10 +97,6 @@ class PerLayer(Scheme):
                 "those that stay as they are"
             )
         return list(self.schemes)
-
-    def patched_length(self, geometry: Geometry) -> int | None:
-        lengths = [scheme.patched_length(geometry) for scheme in self.distinct()]
-        return max((length for length in lengths if length is not None), default=None)
 
     def parameters(self) -> dict[str, Any]:
         if isinstance(self.schemes, Mapping):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hfpos.scheme import Geometry, PatchError, require_length, require_number
+from hfpos.scheme import Geometry, PatchError, require_flag, require_length, require_number
 from hfpos.schemes._remapping import Branch, Remapping
 
 
@@ -60,8 +60,7 @@ class ReRope(Remapping):
             object.__setattr__(self, "factor", math.inf)
         if self.factor != math.inf:
             require_number(self.name, "factor", self.factor, least=1)
-        if not isinstance(self.log_scaling, bool):
-            raise PatchError(f"{self.name}: log_scaling={self.log_scaling!r} is not usable; expected True or False")
+        require_flag(self.name, "log_scaling", self.log_scaling)
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | ({"factor": "inf"} if self.factor == math.inf else {})

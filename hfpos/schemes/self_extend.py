@@ -78,7 +78,7 @@ class SelfExtend(Remapping):
             )
 
     def patched_length(self, geometry: Geometry) -> int:
-        if self.factor is None and self.target_length is None:
+        if self.group_size is not None and self.factor is None and self.target_length is None:
             return self._reach(self.resolved_group(geometry), geometry)
         return RopeScaling.patched_length(self, geometry)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from hfpos.scheme import Bias, Geometry, PatchError, require_length
+from hfpos.scheme import Bias, Geometry, PatchError, require_flag, require_length
 
 
 def bucket_starts(buckets: int, max_distance: int) -> list[int]:
@@ -56,6 +56,7 @@ class T5(Bias):
 
     def __post_init__(self) -> None:
         require_length(self.name, "max_distance", self.max_distance)
+        require_flag(self.name, "bidirectional", self.bidirectional)
         sides, n = (2 if self.bidirectional else 1), self.num_buckets
         if isinstance(n, bool) or not isinstance(n, int) or n < 2 * sides or n % sides:
             expected = "an even whole number >= 4" if self.bidirectional else "a whole number >= 2"

@@ -10,7 +10,7 @@ import torch
 
 from hfpos.constant import exact
 from hfpos.rotation import inverse_frequencies
-from hfpos.scheme import Geometry, PatchError, RopeScaling, require_number
+from hfpos.scheme import Geometry, PatchError, RopeScaling, require_flag, require_number
 
 
 def temperature(factor: float, weight: float = 1.0) -> float:
@@ -68,8 +68,7 @@ class YarnRamp(RopeScaling):
                 f"{self.name}: beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; beta_fast counts the rotations "
                 "above which a frequency is kept, beta_slow those below which it is interpolated"
             )
-        if not isinstance(self.truncate, bool):
-            raise PatchError(f"{self.name}: truncate={self.truncate!r} is not usable; expected True or False")
+        require_flag(self.name, "truncate", self.truncate)
 
     def attention_scale(self, geometry: Geometry) -> float:
         """The factor on cos and sin; its square multiplies every logit."""

@@ -204,17 +204,17 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways that attention takes from here on: view, written, features, flex, row (the bias as a whole, of one query or eager)."""
     found: list[str] = []
 
-    def spy(function: str, name: Any) -> None:
-        original = getattr(hfpos.attention.bias, function)
+    def spy(module: Any, function: str, name: Any) -> None:
+        original = getattr(module, function)
 
         def spied(*args: Any, **kwargs: Any) -> Any:
             found.append(name(args) if callable(name) else name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(hfpos.attention.bias, function, spied)
+        monkeypatch.setattr(module, function, spied)
 
-    spy("block_attention", lambda args: "written" if args[3] is None else "view")
-    spy("separable_attention", "features")
-    spy("biased_flex_attention", "flex")
-    spy("add_bias", "row")
+    spy(hfpos.attention.bias, "block_attention", lambda args: "written" if args[3] is None else "view")
+    spy(hfpos.attention.layer, "separable_attention", "features")
+    spy(hfpos.attention.bias, "biased_flex_attention", "flex")
+    spy(hfpos.attention.layer, "add_bias", "row")
     return found

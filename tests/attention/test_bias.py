@@ -206,8 +206,8 @@ def test_one_row_of_the_bias_serves_all_layers_of_a_step(
     model = hfpos.patch(unpatched("llama"), scheme)
     cache = model(tokens(1, 20), use_cache=True).past_key_values
     rows, kind = [], hfpos.schemes()[scheme]
-    own = kind.bias
-    monkeypatch.setattr(kind, "bias", lambda *args: rows.append(own(*args)) or rows[-1])
+    own = kind.formula
+    monkeypatch.setattr(kind, "formula", lambda *args: rows.append(own(*args)) or rows[-1])
     model(tokens(1, 1), past_key_values=cache, use_cache=True)
     assert [row.shape for row in rows] == [(1, 4, 1, 21)] * made
 

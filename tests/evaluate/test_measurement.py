@@ -144,8 +144,8 @@ def test_the_journal_is_of_one_model_scheme_and_protocol(tmp_path):
 
 
 def test_lengths_beyond_a_table_that_hfpos_has_no_family_for():
-    model = tiny("gpt_neo", max_position_embeddings=64)
-    with pytest.raises(hfpos.PatchError, match=r"64 learned positions \(.*wpe\), 80 were asked for"):
+    model = tiny("openai-gpt", n_positions=64)
+    with pytest.raises(hfpos.PatchError, match=r"64 learned positions \(.*positions_embed\), 80 were asked for"):
         perplexity(model, documents(80), [80])
     assert perplexity(model, documents(80), [64]).by_length[64].tokens == 63
 

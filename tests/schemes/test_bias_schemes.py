@@ -234,7 +234,7 @@ def test_kerple_takes_any_sequence():
         ("kerple", {"kind": "lgo"}, "kerple: kind='lgo' is unknown: did you mean 'log'"),
         ("kerple", {"r1": 0}, "kerple: r1=0 is not usable; expected a finite number > 0"),
         ("kerple", {"r2": [1.0, float("nan")]}, "kerple: r2=nan is not usable"),
-        ("kerple", {"r1": "steep"}, "kerple: r1='steep' is not usable; expected a number or a list of numbers"),
+        ("kerple", {"r1": "steep"}, "kerple: r1='steep' is not usable; expected a list of numbers, one for each head"),
         ("kerple", {"kind": "power", "r2": 2.5}, "kerple: r2=2.5 is not usable; expected at most 2"),
         ("kerple", {"r1": [1.0] * 3}, "kerple: 3 values of r1 were given, the model has 2 attention heads"),
         ("kerple", {"r2": []}, "kerple: 0 values of r2 were given, the model has 2 attention heads"),
