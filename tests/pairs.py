@@ -119,6 +119,7 @@ _REMAPPINGS: list[tuple[str, dict[str, Any]]] = [  # every boundary is within re
     ("streaming_llm", {"window": 9, "sinks": 3}),
     ("xpos", {"scale_base": 20}),
 ]
+_ONE_REMAPPING_EACH = {"mistral": _REMAPPINGS[1:2], "gemma3_text": _REMAPPINGS[5:], "gpt_neox": _REMAPPINGS[2:3]}
 _OTHERS: list[tuple[str, dict[str, Any]]] = [("alibi", {}), ("nope", {}), ("sinusoidal", {})]
 _BIASES: list[tuple[str, dict[str, Any]]] = [  # fire's threshold is within reach; t5 knows keys behind a query
     ("kerple", {}),
@@ -140,7 +141,7 @@ PAIRS = [
             ("partial", {}),
             *_scalings(pairs),
             ("self_extend", {"factor": 4.0}),
-            *_REMAPPINGS,
+            *_ONE_REMAPPING_EACH.get(model_type, _REMAPPINGS),
             *_OTHERS,
             *_ONE_BIAS_EACH.get(model_type, _BIASES),
         ]

@@ -21,8 +21,8 @@ from transformers.models.openai.modeling_openai import OpenAIGPTModel
 from hfpos import PatchError
 from hfpos.families import REGISTRY
 from hfpos.families._family import Family
-from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
-from hfpos.plan import freeze, swap_class
+from hfpos.families._tables import switched_off
+from hfpos.families._without_rotary import geometry_without_rotary
 from hfpos.schemes import Learned
 
 
@@ -51,7 +51,7 @@ class OpenAIGPT(Family):
         return None
 
     def positions_off(self, config):
-        return [swap_class(self.decoder.positions_embed, NoPositions), freeze(self.decoder.positions_embed)]
+        return switched_off(self.decoder.positions_embed)
 
     def rotary_edits(self, scheme, geometry, config, whole):
         raise PatchError(f"{scheme.name!r} rotates queries and keys, for which openai_gpt has no seam")

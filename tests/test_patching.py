@@ -361,7 +361,6 @@ def test_plan_says_what_changes():
     assert "LlamaForCausalLM.config: LlamaConfig -> LlamaConfig" in plan
 
 
-@pytest.mark.parametrize("words", [2, 7])
-def test_the_proof_is_not_misled_by_a_small_vocabulary(words):
-    model = unpatched("llama", vocab_size=words, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    assert hfpos.describe(hfpos.patch(model, "xpos")).proved
+def test_the_proof_is_not_misled_by_a_small_vocabulary():
+    words = {"vocab_size": 7, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    assert hfpos.describe(hfpos.patch(unpatched("llama", **words).double(), "xpos")).proved

@@ -29,7 +29,7 @@ from hfpos.train.recipe import Recipe
 NAME = "scratch"
 # As a recipe's `scheme=` names them. What depends on lengths is set for 128 tokens.
 SCHEMES = {
-    "sinusoidal": "sinusoidal",
+    "sinusoidal": "{name: sinusoidal, scale: 0.125}",  # the root of the width, by which a LLaMA does not multiply its embeddings
     "learned": "{name: learned, target_length: 128}",
     "t5": "t5",
     "rope": "rope",

@@ -13,7 +13,7 @@ from hfpos.attention.bias import BiasedAttention
 from hfpos.attention.dense import eager_attention, in_window
 from hfpos.attention.interface import PREFIX
 from hfpos.families._family import Family
-from hfpos.families.gpt2 import PositionTables, geometry_without_rotary
+from hfpos.families._without_rotary import PositionTables, geometry_without_rotary
 from hfpos.plan import Hook, set_attribute, swap_class
 from hfpos.position_ids import OuterPositionIds
 from hfpos.positions import PositionHook

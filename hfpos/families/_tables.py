@@ -1,4 +1,4 @@
-"""Tables of positions: one resized, and one that is read where tokens stand."""
+"""Tables of positions: one that adds nothing, one resized, and one that is read where tokens stand."""
 
 from __future__ import annotations
 
@@ -8,11 +8,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hfpos.plan import freeze, swap_class
 from hfpos.scheme import PatchError
 
 
 if TYPE_CHECKING:
+    from hfpos.plan import Edit
     from hfpos.positions import PositionHook
+
+
+class NoPositions(nn.Embedding):
+    """A position table that adds nothing; it keeps its weights, so that they are saved."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A zero without dimensions: it broadcasts, and leaves dtype and device of what it is added to as they are."""
+        return torch.zeros(())
+
+
+def switched_off(table: Any) -> list[Edit]:
+    """The edits that make a table of positions add nothing.
+
+    Raises:
+        PatchError: it is no plain table any more.
+    """
+    if not isinstance(table, nn.Embedding):
+        raise PatchError(
+            f"the position table is a {type(table).__name__}, which cannot be switched off; expected an nn.Embedding: patch the model "
+            "before anything wraps its table"
+        )
+    # an optimizer or DDP would trip over a trainable weight that takes no part
+    return [swap_class(table, NoPositions), freeze(table)]
 
 
 def resized_table(table: Any, scheme: Any, offset: int | None = None) -> Any:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from hfpos.families._directions import attention_modules, calls_interface
 from hfpos.families._stacks import Stack, Stacks
-from hfpos.families._tables import RowsInPlace, offset_of, resized_table
-from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
-from hfpos.plan import Hook, Swap, freeze, swap_class
+from hfpos.families._tables import RowsInPlace, offset_of, resized_table, switched_off
+from hfpos.families._without_rotary import geometry_without_rotary
+from hfpos.plan import Hook, Swap
 from hfpos.scheme import Geometry, PatchError, Scheme
 from hfpos.schemes.encoder_decoder import EncoderDecoder
 from hfpos.schemes.learned import Learned
@@ -44,7 +44,7 @@ class BartStack(Stack):
         return [layer.encoder_attn for layer in self.decoder.layers if hasattr(layer, "encoder_attn")]
 
     def positions_off(self, config: Any) -> list[Edit]:
-        return [swap_class(self.table, NoPositions), freeze(self.table)]
+        return switched_off(self.table)
 
     def resize_edits(self, scheme: Any, config: Any) -> list[Edit]:
         self.resized = resized_table(self.table, scheme)

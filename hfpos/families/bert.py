@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +10,11 @@ from torch import nn
 from hfpos.attention.fixed_rotary import FixedRotation
 from hfpos.families._directions import attention_modules, calls_interface
 from hfpos.families._family import Family
-from hfpos.families._tables import resized_table
-from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
-from hfpos.plan import Hook, Swap, freeze, set_attribute, swap_class
-from hfpos.scheme import Geometry, PatchError, Rope
+from hfpos.families._places import Places
+from hfpos.families._tables import resized_table, switched_off
+from hfpos.families._without_rotary import geometry_without_rotary
+from hfpos.plan import Hook, Swap, set_attribute
+from hfpos.scheme import Geometry, Rope
 from hfpos.schemes.learned import Learned
 
 
@@ -25,27 +25,6 @@ if TYPE_CHECKING:
     from hfpos.positions import PositionHook
 
 BY_POSITION = ("position_ids", "token_type_ids")  # buffers as long as the table
-
-
-class Places:
-    """Forward pre-hook of the embeddings: tells them where tokens stand, as their own buffers end where the trained table does."""
-
-    def __init__(self, source: PositionHook, embeddings: nn.Module) -> None:
-        self.source = source
-        self.arguments = [name for name in inspect.signature(type(embeddings).forward).parameters if name != "self"]
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Put in the position ids, and the token types that the model would take from a buffer."""
-        if self.source.positions is None:
-            return None
-        kwargs = dict(zip(self.arguments, args, strict=False)) | kwargs
-        tokens = kwargs.get("input_ids")
-        tokens = kwargs["inputs_embeds"][..., 0] if tokens is None else tokens
-        places = self.source.positions.to(tokens.device) + self.source.first
-        kwargs["position_ids"] = places.expand(tokens.shape[0], -1)
-        if "token_type_ids" in self.arguments and kwargs.get("token_type_ids") is None:
-            kwargs["token_type_ids"] = torch.zeros_like(tokens, dtype=torch.int64)
-        return (), kwargs
 
 
 class Bert(Family):
@@ -97,13 +76,7 @@ class Bert(Family):
         return super().position_options() | {"first": self.first, "padding": padding}
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
-        table = self.embeddings.position_embeddings
-        if type(table) is not nn.Embedding:
-            raise PatchError(
-                f"the position table is a {type(table).__name__}, which cannot be switched off; expected an nn.Embedding: patch the model "
-                "before anything wraps its table"
-            )
-        return [swap_class(table, NoPositions), freeze(table), *self._cross_attention()]
+        return [*switched_off(self.embeddings.position_embeddings), *self._cross_attention()]
 
     def _cross_attention(self) -> list[Edit]:
         """The edits that let attention to another text be known as that."""

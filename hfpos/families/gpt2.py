@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
-from hfpos.constant import Constant
 from hfpos.families._family import Family
-from hfpos.families._tables import resized_table
-from hfpos.plan import Hook, Swap, freeze, swap_class
+from hfpos.families._tables import resized_table, switched_off
+from hfpos.families._without_rotary import PositionTables, geometry_without_rotary
+from hfpos.plan import Hook, Swap, swap_class
 from hfpos.position_ids import TruePositions
 from hfpos.positions import PositionHook
-from hfpos.rotation import cos_sin, rotate
+from hfpos.rotation import rotate
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.learned import Learned
 
@@ -26,46 +25,6 @@ if TYPE_CHECKING:
 
     from hfpos.call import Call
     from hfpos.plan import Edit
-
-DEFAULT_THETA = 10_000.0
-
-
-def geometry_without_rotary(heads: int, width: int, length: int | None) -> Geometry:
-    """The numbers of a model that rotates nothing itself; a rotation put into it turns whole heads, with the usual base.
-
-    Args:
-        width: of the hidden states, all heads together.
-        length: that the model was trained at and allows, in tokens.
-    """
-    head_dim = width // heads
-    return Geometry(
-        heads=heads,
-        head_dim=head_dim,
-        rotary_dim=head_dim,
-        theta=DEFAULT_THETA,
-        trained_length=length,
-        allowed_length=length,
-    )
-
-
-class PositionTables:
-    """cos and sin at integer positions, for families whose attention rotates before it caches."""
-
-    def __init__(self, scheme: Rope, geometry: Geometry) -> None:
-        inv_freq, self.scale = scheme.frequencies(geometry)
-        self.inv_freq = Constant(inv_freq)
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each (..., R/2) float32, of `positions` (...)."""
-        return cos_sin(positions, self.inv_freq.on(positions.device), self.scale)
-
-
-class NoPositions(nn.Embedding):
-    """A position table that adds nothing; it keeps its weights, so that they are saved."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A zero without dimensions: it broadcasts, and leaves dtype and device of what it is added to as they are."""
-        return torch.zeros(())
 
 
 class GPT2Attention(modeling_gpt2.GPT2Attention):
@@ -126,14 +85,7 @@ class GPT2(Family):
         return [last * i // 7 for i in range(8)]
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
-        table = self.decoder.wpe
-        if not isinstance(table, nn.Embedding):
-            raise PatchError(
-                f"the position table is a {type(table).__name__}, which cannot be switched off; expected an nn.Embedding: patch the model "
-                "before anything wraps its table"
-            )
-        # an optimizer or DDP would trip over a trainable weight that takes no part
-        return [swap_class(table, NoPositions), freeze(table)]
+        return switched_off(self.decoder.wpe)
 
     def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         edits = self.positions_off(config)

@@ -9,9 +9,8 @@ from transformers.models.gpt_neo import modeling_gpt_neo
 
 from hfpos.attention.dense import in_window
 from hfpos.families._own_attention import OwnAttention, attend, in_heads
-from hfpos.families._tables import RowsInPlace, resized_table
-from hfpos.families.gpt2 import NoPositions
-from hfpos.plan import Hook, Swap, freeze, set_attribute, swap_class
+from hfpos.families._tables import RowsInPlace, resized_table, switched_off
+from hfpos.plan import Hook, Swap, set_attribute
 from hfpos.schemes.learned import Learned
 
 
@@ -87,8 +86,7 @@ class GPTNeo(OwnAttention):
         return None
 
     def positions_off(self, config: PreTrainedConfig) -> list[Edit]:
-        table = self.decoder.wpe
-        return [swap_class(table, NoPositions), freeze(table), *super().positions_off(config)]
+        return [*switched_off(self.decoder.wpe), *super().positions_off(config)]
 
     def resize_edits(self, scheme: Any, config: PreTrainedConfig) -> list[Edit]:
         table = self.decoder.wpe

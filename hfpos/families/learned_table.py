@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from hfpos.attention.fixed_rotary import FixedRotation
 from hfpos.families._family import Family
-from hfpos.families._tables import RowsInPlace, offset_of, resized_table
-from hfpos.families.gpt2 import NoPositions, geometry_without_rotary
-from hfpos.plan import Hook, Swap, freeze, swap_class
+from hfpos.families._tables import RowsInPlace, offset_of, resized_table, switched_off
+from hfpos.families._without_rotary import geometry_without_rotary
+from hfpos.plan import Hook, Swap
 from hfpos.scheme import Geometry, PatchError, Rope
 from hfpos.schemes.learned import Learned
 
@@ -80,7 +80,7 @@ class LearnedTable(Family):
         return None
 
     def positions_off(self, config: Any) -> list[Edit]:
-        return [swap_class(self.table, NoPositions), freeze(self.table)]
+        return switched_off(self.table)
 
     def rotary_edits(self, scheme: Rope, geometry: Geometry, config: Any, whole: Any) -> tuple[list[Edit], bool, dict]:
         if not self.reaches_attention():

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hfpos.families._directions import attention_modules
 from hfpos.families._stacks import Stack, Stacks
-from hfpos.families.gpt2 import geometry_without_rotary
+from hfpos.families._without_rotary import geometry_without_rotary
 from hfpos.plan import freeze, set_attribute
 from hfpos.scheme import Geometry, PatchError, Scheme
 from hfpos.schemes.t5 import T5 as T5Scheme

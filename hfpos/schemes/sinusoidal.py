@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from hfpos.constant import exact
-from hfpos.scheme import PatchError, Scheme, require_choice, require_count
+from hfpos.scheme import PatchError, Scheme, require_choice, require_count, require_number
 from hfpos.scheme.alone import check_kind
 
 
@@ -27,6 +27,8 @@ class Sinusoidal(Scheme):
             all cosines. `fairseq` (also tensor2tensor, M2M-100): halves of the other frequencies `10000 ** (-i / (d / 2 - 1))`; where d
             is odd the last column is zero. That fairseq's models count from `padding_idx + 1` and have a row of zeros for padding is up
             to them: give positions that say so.
+        scale: the factor on all of it. The paper adds the sinusoids as they are, to embeddings that it multiplies by the root of their width; where a
+            model does not, sinusoids of size 1 drown its embeddings, and `scale = d ** -0.5` (as in x-transformers) has the same effect.
 
     >>> Sinusoidal(4)(torch.tensor([0, 1]))
     tensor([[0.0000, 1.0000, 0.0000, 1.0000],
@@ -41,9 +43,11 @@ class Sinusoidal(Scheme):
 
     dim: int | None = field(default=None, kw_only=False, compare=False)
     layout: str = "interleaved"
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         require_choice(self.name, "layout", self.layout, LAYOUTS)
+        require_number(self.name, "scale", self.scale, least=0, strictly=True)
         if self.dim is not None:
             require_count(self.name, "dim", self.dim)
 
@@ -67,7 +71,9 @@ class Sinusoidal(Scheme):
                 f"sinusoidal: it was made for dim={self.dim}, the embeddings of the model are {width} wide; leave dim out"
             )
         angles = positions[..., None].double() * self.frequencies(width).to(positions.device)
-        rows = torch.stack((angles.sin(), angles.cos()), dim=-1 if self.layout == "interleaved" else -2).flatten(-2)
+        rows = self.scale * torch.stack(
+            (angles.sin(), angles.cos()), dim=-1 if self.layout == "interleaved" else -2
+        ).flatten(-2)
         missing = width - rows.shape[-1]  # one column too many of an odd width, or, in fairseq's layout, too few
         return pad(rows, (0, missing)).to(torch.float64 if positions.dtype == torch.float64 else torch.float32)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hfpos.families.gpt2 import NoPositions
+from hfpos.families._tables import NoPositions
 from hfpos.families.learned_table import tables
 from hfpos.patching import causal_model
 from hfpos.scheme import PatchError, did_you_mean

@@ -102,7 +102,7 @@ def test_a_scheme_made_for_some_heads_is_the_scheme() -> None:
         "slopes": None, "factor": 1.0, "bidirectional": False, "slopes_ahead": None,
     }  # fmt: skip
     assert Shaw(8, head_dim=4).parameters() == {"max_distance": 16}
-    assert Sinusoidal(8).parameters() == {"layout": "interleaved"}
+    assert Sinusoidal(8).parameters() == {"layout": "interleaved", "scale": 1.0}
     assert Learned(8, target_length=3).parameters() == {"target_length": 3, "init": "copy"}
 
 
@@ -261,6 +261,7 @@ REFUSED = [
     (lambda: Sinusoidal()(P), "sinusoidal: how wide the rows are is not known; pass it, Sinusoidal(dim)"),
     (lambda: Sinusoidal(0), "sinusoidal: dim=0 is not usable"),
     (lambda: Sinusoidal(4)(P > 1), "sinusoidal: positions has the dtype torch.bool; expected integers or floats"),
+    (lambda: Sinusoidal(4, scale=0), "sinusoidal: scale=0 is not usable"),
     (lambda: Sinusoidal(4, layout="half"), "sinusoidal: layout='half' is unknown: did you mean 'halves'?"),
     (lambda: Learned(4).module(), "learned: how long the table is to be is not known; pass target_length="),
     (lambda: Learned(target_length=4).module(), "learned: how wide the rows are is not known; pass it, Learned(dim"),
