@@ -111,6 +111,13 @@ def _scalings(pairs: int, **common: Any) -> list[tuple[str, dict[str, Any]]]:
     return [*static, *exact, *pinned, *to_prompt]
 
 
+def _ways_of_scaling(pairs: int, **common: Any) -> list[tuple[str, dict[str, Any]]]:
+    """One scaling for every way in which one gets into a model; what differs in numbers only is tried on a LLaMA."""
+    *static, dynamic, _, longrope, _, _, pinned_longrope, dynamic_to_prompt, _, _ = _scalings(pairs, **common)
+    yarn = next(scaling for scaling in static if scaling[0] == "yarn")
+    return [yarn, dynamic, longrope, pinned_longrope, dynamic_to_prompt]
+
+
 _REMAPPINGS: list[tuple[str, dict[str, Any]]] = [  # every boundary is within reach of a short text
     ("rerope", {"window": 7}),
     ("rerope", {"window": 7, "factor": 2.5}),
@@ -137,9 +144,7 @@ PAIRS = [
         for model_type, pairs in ROTARY.items()
         for scheme, parameters in [
             ("rope", {"theta": 300.0}),
-            ("abf", {}),
-            ("partial", {}),
-            *_scalings(pairs),
+            *([("abf", {}), ("partial", {}), *_scalings(pairs)] if model_type == "llama" else _ways_of_scaling(pairs)),
             ("self_extend", {"factor": 4.0}),
             *_ONE_REMAPPING_EACH.get(model_type, _REMAPPINGS),
             *_OTHERS,
@@ -151,10 +156,9 @@ PAIRS = [
         Pair("gpt2", scheme, parameters)
         for scheme, parameters in [
             ("rope", {"theta": 300.0}),
-            ("abf", {}),
-            *_scalings(8)[:-3],
+            *_ways_of_scaling(8)[:-1],
             *_OTHERS,
-            *_BIASES,
+            *(_BIASES[0], _BIASES[3]),
             *(("learned", {"target_length": 128, "init": init}) for init in ("copy", "interpolate", "tile")),
         ]
     ),
@@ -162,12 +166,12 @@ PAIRS = [
         Pair("bloom", scheme, parameters)
         for scheme, parameters in [
             ("rope", {"theta": 300.0}),
-            *_scalings(8, original_length=ORIGINAL),
+            *_ways_of_scaling(8, original_length=ORIGINAL),
             ("alibi", {}),
             ("alibi", {"factor": 4.0}),
             ("nope", {}),
             ("sinusoidal", {}),
-            *_BIASES,
+            *(_BIASES[0], _BIASES[5]),
         ]
     ),
     *(

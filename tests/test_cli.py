@@ -43,7 +43,7 @@ def test_patch_keeps_the_dtype(monkeypatch, tmp_path):
     [
         (["--scheme", "yarm"], "did you mean 'yarn'"),
         (["--scheme", "yarn", "--facter", "4"], "did you mean 'factor'"),
-        (["--scheme", "yarn", "--factor", "0"], "expected a finite number > 0"),
+        (["--scheme", "yarn", "--factor", "0"], "expected a finite number >= 1"),
         (["--scheme", "yarn", "--factor", "4", "--target-length", "512"], "both factor=4 and target_length=512"),
         (["--scheme", "yarn", "--factor"], "--factor has no value"),
         (["--scheme", "yarn", "--factor", "4", "stray"], "'stray' is not expected here"),

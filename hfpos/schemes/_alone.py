@@ -1,4 +1,4 @@
-"""What lets a scheme of the score seam be called without a model."""
+"""What lets a scheme of the score seam be attention without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 class Alone:
     """Makes a scheme a function of queries, keys and values, for people who write their own attention."""
 
-    def __call__(
+    def check_alone(self) -> None:
+        """Raise `PatchError` where these parameters mean nothing without a model."""
+
+    def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -38,6 +41,7 @@ class Alone:
         """
         from hfpos.attention.alone import attend_alone  # the engine of attention, which a scheme itself does without
 
+        self.check_alone()
         return attend_alone(
             self, query, key, value, positions, theta=theta, rotary_dim=rotary_dim, convention=convention
         )

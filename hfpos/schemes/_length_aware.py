@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from hfpos.scheme import Geometry, PatchError, RopeScaling, require_choice
+from hfpos.schemes._alone import Alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthAwareRope(RopeScaling):
+class LengthAwareRope(Alone, RopeScaling):
     """Base of the scalings that choose their frequencies by length.
 
     Keys that were cached already rotated cannot follow a change of frequencies; that is why stock implementations give other
@@ -25,6 +26,11 @@ class LengthAwareRope(RopeScaling):
             the cache.
 
     Without a model, a scheme of the `freq` seam rotates queries and keys when it is called; others are attention, `attend`.
+
+    >>> from hfpos.schemes import Dynamic
+    >>> query, key, value = torch.ones(3, 1, 2, 5, 4).unbind()
+    >>> Dynamic(original_length=3).attend(query, key, value).shape
+    torch.Size([1, 2, 5, 4])
     """
 
     cache: str = "exact"
@@ -63,35 +69,7 @@ class LengthAwareRope(RopeScaling):
         """The frequencies in use at the integer `lengths` (...), in tokens: (..., rotary_dim / 2) and scale (...), float64."""
         raise TypeError(f"{type(self).__name__} does not define its frequencies")
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        *,
-        theta: float = 10_000.0,
-        rotary_dim: int | None = None,
-        convention: str = "half",
-    ) -> torch.Tensor:
-        """Causal attention without a model, each query with the frequencies of its own length: the output (B, H, Q, D).
-
-        Args:
-            query: (B, H, Q, D), not rotated; the last Q of the K tokens.
-            key, value: (B, Hkv, K, D), keys not rotated; H is a multiple of Hkv. All three of one floating dtype.
-            positions: (K,) or (B, K) integer, where all K tokens stand; 0 .. K - 1 unless given.
-            theta, rotary_dim, convention: as for `__call__`.
-
-        Raises:
-            PatchError: shapes, dtypes or positions that do not fit, no original length, or pinned frequencies.
-
-        >>> from hfpos.schemes import Dynamic
-        >>> query, key, value = torch.ones(3, 1, 2, 5, 4).unbind()
-        >>> Dynamic(original_length=3).attend(query, key, value).shape
-        torch.Size([1, 2, 5, 4])
-        """
-        from hfpos.attention.alone import attend_alone  # attention imports schemes
-
+    def check_alone(self) -> None:
         if self.pins_prompt:
             raise PatchError(
                 f"{self.name}: with cache='pinned' alone frequencies are pinned to each prompt, which a model's cache remembers; pass factor or "
@@ -101,9 +79,6 @@ class LengthAwareRope(RopeScaling):
             raise PatchError(
                 f"{self.name}: with cache='pinned' and a target it is one rotation for all; call it with (q, k, positions)"
             )
-        return attend_alone(
-            self, query, key, value, positions, theta=theta, rotary_dim=rotary_dim, convention=convention
-        )
 
     def few_sets(self, geometry: Geometry) -> tuple[torch.Tensor, ...] | None:
         """Representative lengths if there are only a few sets of frequencies, else None."""

@@ -30,7 +30,7 @@ class Branch(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remapping(Alone, RopeScaling):  # type: ignore[misc]
+class Remapping(Alone, RopeScaling):
     """Base of the schemes that rotate queries and keys by positions of their own choice, pair by pair, and train nothing.
 
     Frequencies stay those of the pretraining. Any length works; `factor` or `target_length` say what the config is to allow.
@@ -40,6 +40,7 @@ class Remapping(Alone, RopeScaling):  # type: ignore[misc]
     """
 
     hides: ClassVar[bool] = False
+    __call__ = Alone.attend  # type: ignore[assignment]
 
     @property
     def seam(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hfpos.constant import exact
-from hfpos.scheme import Bias, Geometry, PatchError, require_choice, require_number
+from hfpos.scheme import Bias, Geometry, PatchError, did_you_mean, require_number
 from hfpos.schemes._per_head import check_heads, numbers_of_heads
 
 
@@ -59,8 +59,9 @@ class Alibi(Bias):
 
     def __post_init__(self) -> None:
         require_number(self.name, "factor", self.factor, least=1)
-        if not isinstance(self.bidirectional, bool):
-            require_choice(self.name, "bidirectional", self.bidirectional, ("split",))
+        if not isinstance(self.bidirectional, bool) and self.bidirectional != "split":
+            hint = did_you_mean(str(self.bidirectional), ("True", "False", "split"))
+            raise PatchError(f"alibi: bidirectional={self.bidirectional!r} is unknown: {hint}")
         if self.bidirectional and self.slopes_ahead is not None:
             raise PatchError(
                 f"alibi: both bidirectional={self.bidirectional!r} and slopes_ahead were given; slopes_ahead is for both ways already: leave "

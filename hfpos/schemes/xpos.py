@@ -38,6 +38,8 @@ class XPos(Alone, Scheme):
     paper = "arXiv 2212.10554"
     summary = "rotary embeddings whose dimensions decay with the distance"
 
+    __call__ = Alone.attend
+
     scale_base: float = 512
 
     def __post_init__(self) -> None:
