@@ -237,7 +237,7 @@ def _live_rotation(decoder: nn.Module) -> tuple[list[float], float]:
     for hook in decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         seam = getattr(owner, "seam", None)
-        tables = seam if isinstance(seam, FixedRotation) else getattr(owner, "rotation", None)
+        tables = seam.turn if isinstance(seam, FixedRotation) else getattr(owner, "rotation", None)
         if tables is not None:
             return tables.inv_freq.values.tolist(), tables.scale
     for module in decoder.children():

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hfpos.attention.seam import Seam
 from hfpos.attention.sequence_parallel import refuse_ring
-from hfpos.constant import Constant
-from hfpos.rotation import cos_sin, rotate
+from hfpos.attention.turn import Turn
 from hfpos.scheme import PatchError
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hfpos.call import Call
+    import torch
 
-    Table = tuple[torch.Tensor, torch.Tensor]
+    from hfpos.call import Call
 
 
 class FixedRotation(Seam):
@@ -34,10 +31,6 @@ class FixedRotation(Seam):
         scale: the factor on cos and sin.
         convention: which dimensions are paired, `half` or `interleaved`.
         layers: those to rotate in, as the others keep what they have; None for all.
-
-    >>> rotation = FixedRotation(torch.tensor([1.0]))
-    >>> rotation.turn(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[1]]), {})
-    tensor([[[[0.5403, 0.8415]]]])
     """
 
     absolute = False
@@ -49,20 +42,8 @@ class FixedRotation(Seam):
         convention: str = "half",
         layers: frozenset[int] | None = None,
     ) -> None:
-        self.exact = inv_freq.detach().to("cpu", torch.float64)
-        self.inv_freq = Constant(self.exact)
-        self.scale = scale
-        self.convention = convention
+        self.turn = Turn(inv_freq, convention, scale)
         self.layers = layers
-
-    def turn(self, x: torch.Tensor, positions: torch.Tensor, memo: dict[Any, Any]) -> torch.Tensor:
-        """Queries or keys `x` (B, H, N, D) rotated by their `positions` (B or 1, N), in the dtype of `x`.
-
-        Args:
-            memo: lives as long as the forward, whose layers share cos and sin.
-        """
-        cos, sin = self._table(positions, x, memo)
-        return rotate(x, cos, sin, self.convention)
 
     def how(self, backend: str, device: torch.device) -> str:
         return f"{backend} on queries and keys that are rotated there, as the family has no rotation of its own"
@@ -88,17 +69,5 @@ class FixedRotation(Seam):
                 f"{type(module).__name__} was called with a paged cache (continuous batching), which does not tell a rotation inside attention "
                 "where its keys stand; generate without it"
             )
-        memo = {} if call.memo is None else call.memo.known
-        query, key = (self.turn(x, p, memo) for x, p in zip((query, key), positions, strict=True))
+        query, key = (self.turn.as_stock(x, p, call) for x, p in zip((query, key), positions, strict=True))
         return inner(module, query, key, value, mask, **options)
-
-    def _table(self, positions: torch.Tensor, x: torch.Tensor, memo: dict[Any, Any]) -> Table:
-        """cos and sin, each (B or 1, 1, N, R/2); a table of this forward's that has been made already is taken from the memo."""
-        wide = x.dtype == torch.float64
-        known = ("rotation", id(self), id(positions), wide)
-        if known not in memo:
-            inv_freq = self.exact.to(x.device) if wide else self.inv_freq.on(x.device)
-            table = cos_sin(positions, inv_freq, self.scale)
-            # with the positions themselves: while they are kept, their id is their own
-            memo[known] = (table[0][:, None], table[1][:, None]), positions
-        return memo[known][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 def attention_modules(decoder: nn.Module) -> list[Any]:
     """The modules that call Transformers' attention interface, in order."""
-    found = []
-    for module in decoder.modules():
-        forward = inspect.unwrap(type(module).forward)
-        if inspect.isfunction(forward) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names:
-            found.append(module)
-    return found
+    return [module for module in decoder.modules() if _names_interface(type(module).forward)]
+
+
+@functools.cache  # a model has hundreds of modules of few classes
+def _names_interface(forward: Any) -> bool:
+    forward = inspect.unwrap(forward)
+    return inspect.isfunction(forward) and "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
 def calls_interface(decoder: nn.Module) -> bool:

@@ -139,6 +139,14 @@ class Family(ABC):
         """The edits that let this family's layers take a `Call`."""
         return []
 
+    def hook_edits(self, hook: PositionHook) -> list[Edit]:
+        """The edits that put `hook` on the decoder and let the layers take its `Call`."""
+        return [
+            Hook(self.decoder, "register_forward_pre_hook", hook.before, {"with_kwargs": True}),
+            Hook(self.decoder, "register_forward_hook", hook.after, {"with_kwargs": True}),
+            *self.layer_edits(hook),
+        ]
+
     def bidirectional(self) -> bool:
         """Whether tokens attend to those behind them."""
         return looks_both_ways(self.decoder)
@@ -220,10 +228,7 @@ class Family(ABC):
                 f"{scheme.name!r} does not act inside attention, so backend={backend!r} has no meaning for it; choose the model's attention "
                 "implementation with model.set_attn_implementation"
             )
-        hook = PositionHook(self.decoder, **options)
-        edits.append(Hook(self.decoder, "register_forward_pre_hook", hook.before, {"with_kwargs": True}))
-        edits.append(Hook(self.decoder, "register_forward_hook", hook.after, {"with_kwargs": True}))
-        edits += self.layer_edits(hook)
+        edits += self.hook_edits(PositionHook(self.decoder, **options))
         edits.append(Hook(self.model, "register_state_dict_pre_hook", mark_adapters))
         edits += self._tokenizer_edits(tokenizer, length)
         self._mark(scheme, whole, stock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,11 @@ def reads_keywords(module_class: type[nn.Module]) -> bool | None:
     >>> reads_keywords(LlamaDecoderLayer), reads_keywords(StableLmDecoderLayer)
     (True, False)
     """
-    forward: Any = inspect.unwrap(module_class.forward)
+    return _reads_keywords(inspect.unwrap(module_class.forward))
+
+
+@functools.cache  # a model has hundreds of modules of few classes, and reading code takes its time
+def _reads_keywords(forward: Any) -> bool | None:
     code = getattr(forward, "__code__", None)
     if code is None or not code.co_flags & inspect.CO_VARKEYWORDS:
         return None

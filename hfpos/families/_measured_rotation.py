@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfpos.attention.interface import patched_backend, stock_function
+from hfpos.attention.interface import patched_backend
 from hfpos.attention.seam import Seam
 from hfpos.configuration import own_copy
 from hfpos.families._directions import attention_modules
@@ -46,9 +46,9 @@ class _Queries(Seam):
         """As stock, once the query is kept."""
         key, value, mask, _ = arguments
         self.of_layer.setdefault(module.layer_idx, []).append(query.detach().float().cpu())
-        options.pop("call")
-        backend, inner = options.pop("backend"), options.pop("inner")
-        return (inner or stock_function(backend, module))(module, query, key, value, mask, **options)
+        inner = options.pop("inner")
+        ours = ("call", "backend")
+        return inner(module, query, key, value, mask, **{name: options[name] for name in options if name not in ours})
 
 
 def measure_rotation(family: RotaryDecoder, run: Callable[[list[int]], Any]) -> tuple[str, frozenset[int]]:
@@ -72,10 +72,7 @@ def measure_rotation(family: RotaryDecoder, run: Callable[[list[int]], Any]) -> 
     rotary.config = still.config = config
     edits: list[Edit] = [*copied, *family.swap(rotary)]
     edits.append(Hook(rotary, "register_forward_hook", MoreTables([still]), {"with_kwargs": True}))
-    hook = PositionHook(family.decoder, **family.position_options() | {"seam": turned})
-    edits.append(Hook(family.decoder, "register_forward_pre_hook", hook.before, {"with_kwargs": True}))
-    edits.append(Hook(family.decoder, "register_forward_hook", hook.after, {"with_kwargs": True}))
-    edits += family.layer_edits(hook)
+    edits += family.hook_edits(PositionHook(family.decoder, **family.position_options() | {"seam": turned}))
     # an attention that moves to the interface with this plan is the innermost module that knows its layer
     for module in attention_modules(family.decoder) or _innermost(family.decoder):
         again = Twice(LayerTable(1), unturned)
